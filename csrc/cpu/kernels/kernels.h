@@ -1,0 +1,105 @@
+// The CPU kernels: plain loops over raw pointers, one set per instruction set, no torch.
+//
+// Kernels see a weight as a panel of rows: the group dim runs along `k`, every other dim is a row. Strides are in
+// elements and arbitrary, so a channel-grouped OIHW convolution weight is read where it lies. A panel may be a part of
+// a weight: the callers cut at multiples of lcm(m, 8) along k, so that groups and mask bytes stay whole.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../../core/dtype.h"
+
+namespace nms {
+
+// Choose the n largest of every m; write the masked copy, the packed mask, or both.
+struct SelectPanel {
+  const void* src;  // [rows, k]
+  int64_t src_row, src_k;
+  void* dst;  // [rows, k] or null; may be src
+  int64_t dst_row, dst_k;
+  uint8_t* bits;  // [rows, bits_row] bytes, of which ceil(k / 8) are written; or null
+  int64_t bits_row;
+  int64_t rows, k;  // k % m != 0: the last group is short
+  int n, m;
+  bool stream;  // write dst past the cache: it will not be read soon
+};
+
+// dst = where(bit, src, 0).
+struct ApplyPanel {
+  const void* src;  // [rows, k]
+  int64_t src_row, src_k;
+  void* dst;  // [rows, k]; may be src
+  int64_t dst_row, dst_k;
+  const uint8_t* bits;  // [rows, bits_row] bytes
+  int64_t bits_row;
+  int64_t rows, k;
+};
+
+// Choose the n largest of every m; write them side by side, and where they stood.
+struct CompressPanel {
+  const void* src;  // [rows, k]
+  int64_t src_row, src_k;
+  void* values;  // [rows, values_row], of which ceil(k / m) * n are written
+  int64_t values_row;
+  uint8_t* indices;  // [rows, indices_row] bytes
+  int64_t indices_row;
+  int64_t rows, k;
+  int n, m;
+};
+
+using SelectFn = void (*)(const SelectPanel&);
+using ApplyFn = void (*)(const ApplyPanel&);
+using CompressFn = void (*)(const CompressPanel&);
+
+struct Kernels {
+  const char* isa;               // "scalar", "avx2", "avx512"
+  SelectFn select[kNumDTypes];
+  CompressFn compress[kNumDTypes];
+  ApplyFn apply_bits[4];         // by log2 of the element size: 1, 2, 4, 8 bytes
+  int64_t (*count_differing)(const uint8_t* a, const uint8_t* b, int64_t bytes);  // differing bits
+};
+
+// One table per instruction set; a kernel without a faster version stays the scalar one.
+const Kernels& scalar_kernels();
+Kernels avx2_kernels();    // x86-64 only: the scalar table with faster entries
+Kernels avx512_kernels();
+
+// The table in use: the best that the host supports, or what NMSPARSE_CPU_ISA (else ATEN_CPU_CAPABILITY) limits it to.
+const Kernels& kernels();
+const char* cpu_isa();
+std::vector<const char*> cpu_isas();   // those that this host can run, slowest first
+bool set_cpu_isa(const char* isa);     // false when this host cannot run it
+
+// ---- Kernels that need no instruction set of their own ----
+
+// bits[r, :] = packed mask[r, :]; a byte of the mask is true when it is not zero.
+void pack_bits(const uint8_t* mask, int64_t mask_row, int64_t mask_k, uint8_t* bits, int64_t bits_row, int64_t rows,
+               int64_t k);
+void unpack_bits(const uint8_t* bits, int64_t bits_row, uint8_t* mask, int64_t mask_row, int64_t mask_k, int64_t rows,
+                 int64_t k);
+
+struct Violation {
+  int64_t group;  // row * groups + group within the row; -1: none
+  int kept;       // nonzeros found there
+};
+// The first group of src [rows, k] with more than n nonzeros.
+Violation find_violation(DType dtype, const void* src, int64_t src_row, int64_t src_k, int64_t rows, int64_t k, int n,
+                         int m);
+
+// dense[r, :] from the packed row r; positions outside the group or past k are skipped. Element size in bytes.
+void decompress(int element_size, const void* values, int64_t values_row, const uint8_t* indices, int64_t indices_row,
+                void* dense, int64_t dense_row, int64_t dense_k, int64_t rows, int64_t k, int n, int m);
+
+// The first group (row * groups + group) whose code is not legal, or whose row has bits set behind its last code.
+int64_t find_bad_indices(const uint8_t* indices, int64_t indices_row, int64_t rows, int64_t groups, int n, int m);
+
+// grad += factor * w where the bit is 0. One strided row of k elements.
+void add_pruned(DType grad_dtype, void* grad, int64_t grad_k, DType w_dtype, const void* w, int64_t w_k,
+                const uint8_t* bits, int64_t k, double factor);
+
+// bits of the best transposable 2:4 mask; rows and cols are multiples of 4.
+void select_transposable(DType dtype, const void* src, int64_t src_row, int64_t src_col, uint8_t* bits,
+                         int64_t bits_row, int64_t rows, int64_t cols);
+
+}  // namespace nms
