@@ -66,9 +66,19 @@ py::dict build_info() {
   return info;
 }
 
+void set_cpu_isa(const std::string& isa) {
+  if (nms::set_cpu_isa(isa.c_str())) return;
+  std::string allowed;
+  for (const char* name : nms::cpu_isas()) allowed += (allowed.empty() ? "\"" : ", \"") + std::string(name) + "\"";
+  throw py::value_error("set_cpu_isa: isa must be one that this CPU runs (" + allowed + "), got \"" + isa + "\"");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled part of nmsparse_ext: importing it registers torch.ops.nmsparse.*";
+  m.doc() = "Compiled part of nmsparse_ext; importing it registers torch.ops.nmsparse.*";
   m.def("build_info", &build_info, "What was compiled in, as a dict.");
+  m.def("cpu_isa", &nms::cpu_isa, "Name of the instruction set whose kernels run.");
+  m.def("cpu_isas", &nms::cpu_isas, "Names of the instruction sets that this CPU can run, slowest first.");
+  m.def("set_cpu_isa", &set_cpu_isa, py::arg("isa"), "Choose the kernels of one instruction set, process-wide.");
 }
