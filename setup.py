@@ -12,8 +12,8 @@ no C++ compiler                        the same
 unset                                  CUDA if this torch is a CUDA build and a toolkit is found
 =====================================  ===============================================================
 
-``TORCH_CUDA_ARCH_LIST`` chooses the architectures, ``MAX_JOBS`` the parallel compiles, ``DEBUG=1`` an unoptimised
-build with assertions.
+``TORCH_CUDA_ARCH_LIST`` chooses the architectures, ``MAX_JOBS`` the number of parallel compiles, ``DEBUG=1``
+an unoptimised build with assertions.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 
@@ -32,12 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # pip runs this file w
 from sources import CPU_SOURCES, CUDA_SOURCES, HEADERS
 
 MIN_TORCH = (2, 11)
-TORCH_TARGET = (
-    "0x020b000000000000"  # MIN_TORCH as libtorch's stable ABI spells it; newer APIs then do not compile
-)
+TORCH_TARGET = "0x020b000000000000"  # MIN_TORCH as the stable ABI spells it; newer APIs then do not compile
 CXX_STANDARD = "-std=c++20"
 DEFAULT_ARCHS = (
-    "8.0;9.0+PTX"  # torch would ask the GPUs of the build machine instead, and fail where there are none
+    "8.0;9.0+PTX"  # torch's own default asks the build machine's GPUs, and fails if there are none
 )
 
 
@@ -63,8 +62,8 @@ def decide() -> tuple[str, str]:
         from torch.utils.cpp_extension import CUDA_HOME
     except ImportError as error:
         sys.exit(
-            f"nmsparse_ext: cannot import torch while building ({error}). The extension is compiled against the torch "
-            "you have: install torch first, then run `pip install --no-build-isolation .`"
+            f"nmsparse_ext: cannot import torch while building ({error}). The extension is compiled against "
+            "the torch you have: install torch first, then run `pip install --no-build-isolation .`"
         )
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < MIN_TORCH:
         sys.exit(f"nmsparse_ext: torch >= {MIN_TORCH[0]}.{MIN_TORCH[1]} is needed, found {torch.__version__}")
@@ -86,14 +85,18 @@ def decide() -> tuple[str, str]:
     return "cpu", missing
 
 
-def extension(kind: str):
-    """The extension module ``nmsparse_ext._C`` and the command that builds it."""
+def extension(kind: str) -> dict[str, Any]:
+    """Arguments of setup() that build the extension module ``nmsparse_ext._C``."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, include_paths
 
     debug = bool(flag("DEBUG"))
-    # Dependent headers named again as system headers: the compiler then drops their -I and keeps their warnings quiet.
+    # Torch's include folders once more, as system folders: the compiler then keeps their warnings quiet.
     isystem = [argument for path in include_paths() for argument in ("-isystem", path)]
-    common = [CXX_STANDARD, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *(["-O0", "-g"] if debug else ["-O3"])]
+    common = [
+        CXX_STANDARD,
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        *(["-O0", "-g", "-UNDEBUG"] if debug else ["-O3"]),
+    ]
     cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wextra", *isystem]
     # The stable ABI's current-stream call is declared only under USE_CUDA.
     nvcc = [*common, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", *(["-G"] if debug else ["-lineinfo"])]
@@ -109,16 +112,17 @@ def extension(kind: str):
     else:
         module = CppExtension("nmsparse_ext._C", CPU_SOURCES, extra_compile_args={"cxx": cxx})
     module.depends = HEADERS
-    module.libraries.remove(
-        "torch_python"
-    )  # no tensor crosses pybind11, so one build serves every torch >= 2.11
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    module.libraries.remove("torch_python")  # no tensor crosses pybind11; the rest is libtorch's stable ABI
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": BuildExtension},
+        # Always hand over to ninja, which sees changed flags; setuptools would only compare file times.
+        "options": {"build_ext": {"force": True}},
+    }
 
 
 kind, reason = decide()
 archs = f" for {os.environ.get('TORCH_CUDA_ARCH_LIST', DEFAULT_ARCHS)}" if kind == "cuda" else ""
-built = {"reference": "pure Python, no extension", "cpu": "CPU extension", "cuda": "CPU + CUDA extension"}[
-    kind
-]
-print(f"nmsparse_ext: building {built}{archs}: {reason}", flush=True)
+built = {"reference": "no extension, pure Python", "cpu": "CPU extension", "cuda": "CPU and CUDA extension"}
+print(f"nmsparse_ext: building {built[kind]}{archs}: {reason}", flush=True)
 setup(**({} if kind == "reference" else extension(kind)))

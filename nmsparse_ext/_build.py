@@ -93,16 +93,15 @@ class BuildInfo:
             ("CPU ops", engine),
         ]
         if not self.reference:
-            built = f"{self.compiler}, against torch {self.torch_built_with}, loads into torch >= {self.torch_target}"
-            lines.append(("built with", built + (", DEBUG" if self.debug else "")))
+            debug = ", DEBUG" if self.debug else ""
+            built = f"{self.compiler}, torch {self.torch_built_with}{debug}"
+            lines.append(("built with", f"{built}; loads into torch >= {self.torch_target}"))
         if self.cuda:
             archs = ", ".join(f"sm_{arch}" for arch in self.cuda_archs)
             cuda = f"compiled with CUDA {self.cuda_version} for {archs}"
-            cuda += (
-                f"; {self.cuda_reason}" if self.cuda_reason else f"; runs on {', '.join(self.cuda_devices)}"
-            )
+            cuda += f"; {self.cuda_reason or 'runs on ' + ', '.join(self.cuda_devices)}"
         else:
-            cuda = f"no compiled kernels: {self.cuda_reason}"
+            cuda = f"pure PyTorch: {self.cuda_reason}"
         lines.append(("CUDA ops", cuda))
         lines.append(("cuSPARSELt", self.cusparselt_version or f"none: {self.cusparselt_reason}"))
         width = max(len(name) for name, _ in lines)
@@ -126,7 +125,9 @@ def _cuda_reason(compiled: bool, devices: tuple[str, ...]) -> str:
     if extension is None:
         return "reference mode"
     if not compiled:
-        return "this is a CPU build; install against a CUDA torch with a CUDA toolkit, or set NMSPARSE_CUDA=1 to see why not"
+        return (
+            "this is a CPU build (reinstall with NMSPARSE_CUDA=1 to get CUDA kernels or the reason why not)"
+        )
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
     if not devices:
