@@ -19,8 +19,11 @@ def _glob(*patterns: str) -> list[str]:
 #: Torch-free: needs no more than a C++ compiler. These are what the sanitizer build tests.
 KERNEL_SOURCES = _glob("csrc/cpu/kernels/*.cpp")
 
+#: The half that sees tensors: schemas, bindings, and each op's checks and parallel loop.
+OP_SOURCES = _glob("csrc/*.cpp", "csrc/cpu/*.cpp")
+
 #: Everything in a CPU build of ``nmsparse_ext._C``.
-CPU_SOURCES = _glob("csrc/*.cpp", "csrc/cpu/*.cpp") + KERNEL_SOURCES
+CPU_SOURCES = OP_SOURCES + KERNEL_SOURCES
 
 #: Added by a CUDA build.
 CUDA_SOURCES = _glob("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp")
@@ -31,7 +34,13 @@ HEADERS = _glob("csrc/**/*.h", "csrc/**/*.cuh")
 #: Torch-free test programs, one executable each.
 TEST_SOURCES = _glob("tests/cpp/*.cpp")
 
-KINDS = {"kernels": KERNEL_SOURCES, "cpu": CPU_SOURCES, "cuda": CUDA_SOURCES, "tests": TEST_SOURCES}
+KINDS = {
+    "kernels": KERNEL_SOURCES,
+    "ops": OP_SOURCES,
+    "cpu": CPU_SOURCES,
+    "cuda": CUDA_SOURCES,
+    "tests": TEST_SOURCES,
+}
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in KINDS:
