@@ -1,0 +1,64 @@
+// Chooses the kernel table once, when the first kernel runs.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace nms {
+namespace {
+
+struct Level {
+  const char* isa;
+  Kernels table;
+};
+
+const std::vector<Level>& levels() {  // slowest first; only those that this host can run
+  static const std::vector<Level> all = [] {
+    std::vector<Level> found{{"scalar", scalar_kernels()}};
+    return found;
+  }();
+  return all;
+}
+
+const Level* find_level(const char* isa) {
+  for (const Level& level : levels())
+    if (std::strcmp(level.isa, isa) == 0) return &level;
+  return nullptr;
+}
+
+// A wish that this host cannot fulfil, or does not know, is answered with the best it has.
+const Kernels* initial_table() {
+  const char* wish = std::getenv("NMSPARSE_CPU_ISA");
+  if (!wish) {
+    wish = std::getenv("ATEN_CPU_CAPABILITY");  // the switch of torch's own kernels; "default" is its scalar level
+    if (wish && std::strcmp(wish, "default") == 0) wish = "scalar";
+  }
+  const Level* level = wish ? find_level(wish) : nullptr;
+  return level ? &level->table : &levels().back().table;
+}
+
+std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> table{initial_table()};
+  return table;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *current().load(std::memory_order_acquire); }
+
+const char* cpu_isa() { return kernels().isa; }
+
+std::vector<const char*> cpu_isas() {
+  std::vector<const char*> names;
+  for (const Level& level : levels()) names.push_back(level.isa);
+  return names;
+}
+
+bool set_cpu_isa(const char* isa) {
+  const Level* level = find_level(isa);
+  if (level) current().store(&level->table, std::memory_order_release);
+  return level != nullptr;
+}
+
+}  // namespace nms

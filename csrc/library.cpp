@@ -1,0 +1,21 @@
+// Every operation of torch.ops.nmsparse. What each does is documented by its twin in nmsparse_ext/reference.py.
+#include "torch_utils.h"
+
+STABLE_TORCH_LIBRARY(nmsparse, m) {
+  m.def("prune(Tensor w, int n, int m, int dim, bool pad) -> (Tensor, Tensor)");
+  m.def("prune_out(Tensor w, int n, int m, int dim, bool pad, Tensor(a!) out, Tensor(b!)? bits) -> ()");
+  m.def("prune_(Tensor(a!) w, int n, int m, int dim, bool pad, Tensor(b!)? bits) -> ()");
+  m.def("mask_bits(Tensor w, int n, int m, int dim, bool pad) -> Tensor");
+  m.def("pack_bits(Tensor mask, int dim) -> Tensor");
+  m.def("unpack_bits(Tensor bits, SymInt k, int dim) -> Tensor");
+  m.def("apply_bits(Tensor w, Tensor bits, int dim) -> Tensor");
+  m.def("apply_bits_(Tensor(a!) w, Tensor bits, int dim) -> ()");
+  m.def("add_pruned_(Tensor(a!) grad, Tensor w, Tensor bits, int dim, float alpha, Tensor? scale) -> ()");
+  m.def("sad(Tensor a, Tensor b) -> Tensor");
+  m.def("sad_out(Tensor a, Tensor b, Tensor(a!) out) -> ()");
+  m.def("find_violation(Tensor w, int n, int m, int dim, bool pad) -> Tensor");
+  m.def("compress(Tensor w, int n, int m, int dim, bool pad) -> (Tensor, Tensor)");
+  m.def("decompress(Tensor values, Tensor indices, int n, int m, SymInt k, int dim) -> Tensor");
+  m.def("check_indices(Tensor indices, int n, int m, SymInt k) -> Tensor");
+  m.def("transposable_bits(Tensor w) -> Tensor");
+}
