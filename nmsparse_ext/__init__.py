@@ -1,0 +1,75 @@
+"""N:M sparsity for PyTorch: choose a pattern, train with it, pack it, run it.
+
+import nmsparse_ext as nms
+
+pruned = nms.nm_prune(weight, "2:4")    # the two largest |w| of every four are kept, the rest are 0
+packed = nms.compress(pruned, "2:4")    # half the values, and where they stood
+y = nms.linear(x, packed)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import FormatError
+from .ops import find_violation, nm_mask, nm_prune, nm_prune_, sad, transposable_mask
+from .pattern import Pattern
+
+if TYPE_CHECKING:
+    from ._build import build_info
+    from .deploy import convert, load_file, load_into, save_file, summary
+    from .scheme import Scheme
+    from .tensor import NMTensor, compress, linear
+    from .train import Sparsifier
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FormatError",
+    "NMTensor",
+    "Pattern",
+    "Scheme",
+    "Sparsifier",
+    "build_info",
+    "compress",
+    "convert",
+    "find_violation",
+    "linear",
+    "load_file",
+    "load_into",
+    "nm_mask",
+    "nm_prune",
+    "nm_prune_",
+    "sad",
+    "save_file",
+    "summary",
+    "transposable_mask",
+]
+
+# name -> the module that brings it, imported at first use: who prunes need not wait for what trains and saves.
+_LAZY = {
+    "NMTensor": "tensor",
+    "Scheme": "scheme",
+    "Sparsifier": "train",
+    "build_info": "_build",
+    "compress": "tensor",
+    "convert": "deploy",
+    "linear": "tensor",
+    "load_file": "deploy",
+    "load_into": "deploy",
+    "save_file": "deploy",
+    "summary": "deploy",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,248 @@
+"""Registers ``torch.ops.nmsparse``: schemas, fallback kernels, fake kernels and gradients.
+
+The compiled module ``nmsparse_ext._C`` brings the schemas and the CPU (and CUDA) kernels. Without it the same schemas
+are inferred from the annotations in ``reference.py``. Either way the reference functions serve every device that has
+no compiled kernel, and all that follows (fakes, version counters, autograd) is registered here, once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from . import reference
+from ._build import extension
+
+NAMESPACE = "nmsparse"
+
+# op -> the arguments that it writes to, in the order of csrc/library.cpp
+MUTATED_ARGS: dict[str, tuple[str, ...]] = {
+    "prune": (),
+    "prune_out": ("out", "bits"),
+    "prune_": ("w", "bits"),
+    "mask_bits": (),
+    "pack_bits": (),
+    "unpack_bits": (),
+    "apply_bits": (),
+    "apply_bits_": ("w",),
+    "add_pruned_": ("grad",),
+    "sad": (),
+    "sad_out": ("out",),
+    "find_violation": (),
+    "compress": (),
+    "decompress": (),
+    "check_indices": (),
+    "transposable_bits": (),
+}
+
+
+def schema_of(name: str) -> str:
+    """The schema of an op, from the annotations of its reference function.
+
+    ``infer_schema`` makes every int symbolic. Only sizes can be: a pattern or a dim that changes changes the shapes.
+    """
+    mutated = MUTATED_ARGS[name]
+    schema = torch.library.infer_schema(getattr(reference, name), mutates_args=mutated, op_name=name)
+    return re.sub(r"SymInt (?!k\b)", "int ", schema)
+
+
+# The registrations live as long as this object.
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def _bump_versions(name: str, mutated: tuple[str, ...]) -> Callable[..., None]:
+    """A kernel that makes autograd and everybody else who watches ``_version`` see what the op overwrites."""
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    positions = [i for i, argument in enumerate(op._schema.arguments) if argument.name in mutated]
+    below = torch._C._after_ADInplaceOrView_keyset
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+        for position in positions:
+            if isinstance(args[position], Tensor):
+                torch.autograd.graph.increment_version(args[position])
+        op.redispatch(keyset & below, *args)
+
+    return kernel
+
+
+for _name, _mutated in MUTATED_ARGS.items():
+    if extension is None:
+        _library.define(schema_of(_name), tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    if _mutated:
+        _library.impl(_name, _bump_versions(_name, _mutated), "ADInplaceOrView", with_keyset=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- fakes
+
+
+def _fake(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers the fake kernel of the op whose name follows ``_fake_``; it repeats the checks of the real one."""
+    name = kernel.__name__.removeprefix("_fake_")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", kernel, lib=_library)
+    return kernel
+
+
+@_fake
+def _fake_prune(w: Tensor, n: int, m: int, dim: int, pad: bool) -> tuple[Tensor, Tensor]:
+    checks.check_weight(w, n, m, dim, pad)
+    return torch.empty_like(w), w.new_empty(checks.bits_shape(w.shape, dim), dtype=torch.uint8)
+
+
+@_fake
+def _fake_prune_out(w: Tensor, n: int, m: int, dim: int, pad: bool, out: Tensor, bits: Tensor | None) -> None:
+    checks.check_weight(w, n, m, dim, pad)
+    checks.check_out(w, out)
+    if bits is not None:
+        checks.check_bits(bits, w, dim)
+
+
+@_fake
+def _fake_prune_(w: Tensor, n: int, m: int, dim: int, pad: bool, bits: Tensor | None) -> None:
+    _fake_prune_out(w, n, m, dim, pad, w, bits)
+
+
+@_fake
+def _fake_mask_bits(w: Tensor, n: int, m: int, dim: int, pad: bool) -> Tensor:
+    checks.check_weight(w, n, m, dim, pad)
+    return w.new_empty(checks.bits_shape(w.shape, dim), dtype=torch.uint8)
+
+
+@_fake
+def _fake_pack_bits(mask: Tensor, dim: int) -> Tensor:
+    checks.check_mask(mask, dim)
+    return mask.new_empty(checks.bits_shape(mask.shape, dim), dtype=torch.uint8)
+
+
+@_fake
+def _fake_unpack_bits(bits: Tensor, k: int, dim: int) -> Tensor:
+    checks.check_unpack_bits(bits, k, dim)
+    return bits.new_empty(checks.restored_shape(bits.shape, dim, k), dtype=torch.bool)
+
+
+@_fake
+def _fake_apply_bits(w: Tensor, bits: Tensor, dim: int) -> Tensor:
+    checks.check_apply_bits(w, bits, dim)
+    return torch.empty_like(w)
+
+
+@_fake
+def _fake_apply_bits_(w: Tensor, bits: Tensor, dim: int) -> None:
+    checks.check_apply_bits(w, bits, dim)
+    checks.check_writable(w, "w")
+
+
+@_fake
+def _fake_add_pruned_(
+    grad: Tensor, w: Tensor, bits: Tensor, dim: int, alpha: float, scale: Tensor | None
+) -> None:
+    checks.check_add_pruned(grad, w, bits, dim, scale)
+
+
+@_fake
+def _fake_sad(a: Tensor, b: Tensor) -> Tensor:
+    checks.check_sad(a, b)
+    return a.new_empty((), dtype=torch.int64)
+
+
+@_fake
+def _fake_sad_out(a: Tensor, b: Tensor, out: Tensor) -> None:
+    checks.check_sad(a, b)
+    checks.check_sad_out(a, out)
+
+
+@_fake
+def _fake_find_violation(w: Tensor, n: int, m: int, dim: int, pad: bool) -> Tensor:
+    checks.check_weight(w, n, m, dim, pad)
+    return w.new_empty((2,), dtype=torch.int64)
+
+
+@_fake
+def _fake_compress(w: Tensor, n: int, m: int, dim: int, pad: bool) -> tuple[Tensor, Tensor]:
+    checks.check_weight(w, n, m, dim, pad)
+    k = w.shape[dim]
+    return (
+        w.new_empty(checks.moved_shape(w.shape, dim, checks.ceil_div(k, m) * n)),
+        w.new_empty(checks.moved_shape(w.shape, dim, checks.index_row_bytes(n, m, k)), dtype=torch.uint8),
+    )
+
+
+@_fake
+def _fake_decompress(values: Tensor, indices: Tensor, n: int, m: int, k: int, dim: int) -> Tensor:
+    checks.check_packed(values, indices, n, m, k, dim)
+    return values.new_empty(checks.restored_shape(values.shape, dim, k))
+
+
+@_fake
+def _fake_check_indices(indices: Tensor, n: int, m: int, k: int) -> Tensor:
+    checks.check_indices_shape(indices, n, m, k)
+    return indices.new_empty((), dtype=torch.int64)
+
+
+@_fake
+def _fake_transposable_bits(w: Tensor) -> Tensor:
+    checks.check_transposable(w)
+    return w.new_empty(checks.bits_shape(w.shape, 1), dtype=torch.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------- autograd
+# A mask is a constant to autograd: gradients pass where weights are kept.
+
+
+def _save_prune(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.dim = inputs[3]
+    bits = output[1]
+    ctx.mark_non_differentiable(bits)
+    ctx.save_for_backward(bits)
+
+
+def _grad_prune(ctx: Any, grad: Tensor, _grad_bits: Tensor) -> tuple[Tensor, None, None, None, None]:
+    (bits,) = ctx.saved_tensors
+    return torch.ops.nmsparse.apply_bits(grad, bits, ctx.dim), None, None, None, None
+
+
+def _save_apply_bits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, bits, ctx.dim = inputs
+    ctx.save_for_backward(bits)
+
+
+def _grad_apply_bits(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (bits,) = ctx.saved_tensors
+    return torch.ops.nmsparse.apply_bits(grad, bits, ctx.dim), None, None
+
+
+def _save_compress(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    w, ctx.n, ctx.m, ctx.dim, _ = inputs
+    ctx.k = w.shape[ctx.dim]
+    indices = output[1]
+    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(indices)
+
+
+def _grad_compress(ctx: Any, grad: Tensor, _grad_indices: Tensor) -> tuple[Tensor, None, None, None, None]:
+    (indices,) = ctx.saved_tensors
+    return torch.ops.nmsparse.decompress(grad, indices, ctx.n, ctx.m, ctx.k, ctx.dim), None, None, None, None
+
+
+def _save_decompress(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, indices, ctx.n, ctx.m, _, ctx.dim = inputs
+    ctx.save_for_backward(indices)
+
+
+def _grad_decompress(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    (indices,) = ctx.saved_tensors
+    return reference.gather_packed(grad, indices, ctx.n, ctx.m, ctx.dim), None, None, None, None, None
+
+
+for _name, _backward, _setup in (
+    ("prune", _grad_prune, _save_prune),
+    ("apply_bits", _grad_apply_bits, _save_apply_bits),
+    ("compress", _grad_compress, _save_compress),
+    ("decompress", _grad_decompress, _save_decompress),
+):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=_library)

@@ -1,0 +1,369 @@
+"""The ops in pure PyTorch: the truth that every compiled kernel is tested against, and the fallback without one.
+
+Each function is the kernel of the op of the same name in ``torch.ops.nmsparse``; its annotations are the op's schema.
+They aim to be short and obviously right rather than fast. ``dim`` is >= 0 here. In shapes, ``...`` are the dimensions
+other than the group dim, in order; ``K`` is the size of the group dim and ``groups = ceil(K / m)``.
+
+All work is done on integer views, so that a kept NaN keeps its payload and dtypes without arithmetic (float8) work.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks as checks
+from ._checks import ceil_div
+from .pattern import Pattern
+
+# ------------------------------------------------------------------------------------------------ the selection rule
+
+_INT_VIEW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# dtype -> the one key that stands for every NaN: just above the largest key of a number (infinity where there is one).
+_NAN_KEY = {
+    torch.float64: 0x7FF0_0000_0000_0001,
+    torch.float32: 0x7F80_0001,
+    torch.bfloat16: 0x7F81,
+    torch.float16: 0x7C01,
+    torch.float8_e4m3fn: 0x7F,
+}
+
+
+def _as_int(x: Tensor) -> Tensor:
+    """``x``'s memory as integers of the same width; shares storage."""
+    return x.view(_INT_VIEW[x.element_size()])
+
+
+def magnitude_key(w: Tensor) -> Tensor:
+    """Integers in the order of ``|w|``: -0.0 equals 0.0, all NaNs are equal and largest, int8 -128 is 128."""
+    if w.dtype == torch.int8:
+        return w.to(torch.int16).abs()
+    bits = _as_int(w)
+    return (bits & torch.iinfo(bits.dtype).max).clamp(max=_NAN_KEY[w.dtype])
+
+
+def _grouped(x: Tensor, m: int, dim: int) -> Tensor:
+    """``x`` with the group dim moved last, zero-padded to whole groups: ``[..., groups, m]``."""
+    x = x.movedim(dim, -1)
+    groups = ceil_div(x.shape[-1], m)
+    x = F.pad(x, (0, groups * m - x.shape[-1]))
+    return x.reshape(*x.shape[:-1], groups, m)
+
+
+def _ranking(w: Tensor, m: int, dim: int) -> Tensor:
+    """Per group, the positions from the largest ``|w|`` to the smallest, ties by position: ``[..., groups, m]``.
+
+    Virtual positions past the end of ``w`` hold zeros and come last in their group, so every real weight outranks them.
+    """
+    return _grouped(magnitude_key(w), m, dim).sort(dim=-1, descending=True, stable=True).indices
+
+
+def _kept(w: Tensor, n: int, m: int, dim: int) -> Tensor:
+    """The bool mask of ``w``, group dim last: ``[..., K]``."""
+    ranking = _ranking(w, m, dim)
+    mask = torch.zeros_like(ranking, dtype=torch.bool).scatter_(-1, ranking[..., :n], True)
+    return mask.flatten(-2)[..., : w.shape[dim]]
+
+
+def _write_masked(w: Tensor, mask: Tensor, out: Tensor) -> None:
+    """``out = where(mask, w, +0)``, bit for bit; ``out`` may be ``w`` itself."""
+    _as_int(out).copy_(torch.where(mask, _as_int(w), 0))
+
+
+# --------------------------------------------------------------------------------------------------- bits and fields
+
+
+def _pack_last(bits: Tensor) -> Tensor:
+    """Packs 0/1 along the last dim into bytes, low bits first: ``[..., L] -> uint8 [..., ceil(L / 8)]``."""
+    weight = 1 << torch.arange(8, device=bits.device, dtype=torch.uint8)
+    # Sums keep the order of their input's strides; the packed form is contiguous.
+    return (
+        (_grouped(bits.to(torch.uint8), 8, bits.dim() - 1) * weight).sum(-1, dtype=torch.uint8).contiguous()
+    )
+
+
+def _unpack_last(packed: Tensor, length: int) -> Tensor:
+    """Inverse of ``_pack_last``: ``uint8 [..., B] -> uint8 0/1 [..., length]``, ``length <= 8 * B``."""
+    shift = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    return ((packed.unsqueeze(-1) >> shift) & 1).flatten(-2)[..., :length]
+
+
+def _group_bits(indices: Tensor, n: int, m: int, k: int) -> Tensor:
+    """The packed bits of each group: ``uint8 0/1 [..., groups, bits_per_group]``."""
+    groups, width = ceil_div(k, m), Pattern(n, m).bits_per_group
+    bits = _unpack_last(indices, groups * width)
+    return bits.reshape(*bits.shape[:-1], groups, width)
+
+
+def _index_fields(group_bits: Tensor, n: int, m: int) -> Tensor:
+    """The index fields of each group of an "index" encoding: ``int64 [..., groups, n]``."""
+    width = Pattern(n, m).index_bits
+    weight = 1 << torch.arange(width, device=group_bits.device)
+    return (group_bits.reshape(*group_bits.shape[:-1], n, width) * weight).sum(-1)
+
+
+def _positions(indices: Tensor, n: int, m: int, k: int) -> Tensor:
+    """Where in its group each value stands, ``m`` for a value that stands nowhere: ``int64 [..., groups, n]``.
+
+    Fields that point outside the group or past ``k`` stand nowhere, so that no damaged input can reach outside memory.
+    """
+    group_bits = _group_bits(indices, n, m, k)
+    if Pattern(n, m).encoding == "bitmask":
+        # A stable sort of "not set" lists the set positions first, in order; what is not set stands nowhere.
+        unset, position = (1 - group_bits).sort(dim=-1, stable=True)
+        fields = position.masked_fill(unset.bool(), m)[..., :n]
+    else:
+        fields = _index_fields(group_bits, n, m)
+    start = m * torch.arange(fields.shape[-2], device=indices.device).unsqueeze(-1)
+    return fields.masked_fill((fields >= m) | (start + fields >= k), m)
+
+
+# --------------------------------------------------------------------------------------------------- masks and pruning
+
+
+def prune(w: Tensor, n: int, m: int, dim: int, pad: bool) -> tuple[Tensor, Tensor]:
+    """Keeps the ``n`` largest ``|w|`` of every ``m`` along ``dim``.
+
+    Returns:
+        The pruned weight in ``w``'s shape, dtype and layout, and its packed mask.
+    """
+    checks.check_weight(w, n, m, dim, pad)
+    out = torch.empty_like(w)
+    mask = _kept(w, n, m, dim)
+    _write_masked(w, mask.movedim(-1, dim), out)
+    return out, _pack_last(mask)
+
+
+def prune_out(w: Tensor, n: int, m: int, dim: int, pad: bool, out: Tensor, bits: Tensor | None) -> None:
+    """``prune`` into ``out`` (which may be ``w``) and, if given, ``bits``."""
+    checks.check_weight(w, n, m, dim, pad)
+    checks.check_out(w, out)
+    if bits is not None:
+        checks.check_bits(bits, w, dim)
+    mask = _kept(w, n, m, dim)
+    _write_masked(w, mask.movedim(-1, dim), out)
+    if bits is not None:
+        bits.copy_(_pack_last(mask))
+
+
+def prune_(w: Tensor, n: int, m: int, dim: int, pad: bool, bits: Tensor | None) -> None:
+    """``prune`` in place and, if given, into ``bits``."""
+    prune_out(w, n, m, dim, pad, w, bits)
+
+
+def mask_bits(w: Tensor, n: int, m: int, dim: int, pad: bool) -> Tensor:
+    """The packed mask of ``w``: ``uint8 [..., ceil(K / 8)]``."""
+    checks.check_weight(w, n, m, dim, pad)
+    return _pack_last(_kept(w, n, m, dim))
+
+
+def pack_bits(mask: Tensor, dim: int) -> Tensor:
+    """A bool mask as bits: group dim moved last, eight weights a byte."""
+    checks.check_mask(mask, dim)
+    return _pack_last(mask.movedim(dim, -1))
+
+
+def unpack_bits(bits: Tensor, k: int, dim: int) -> Tensor:
+    """Bits as a contiguous bool mask with a group dim of size ``k`` put back at ``dim``."""
+    checks.check_unpack_bits(bits, k, dim)
+    return _unpack_last(bits, k).bool().movedim(-1, dim).contiguous()
+
+
+def apply_bits(w: Tensor, bits: Tensor, dim: int) -> Tensor:
+    """``where(mask, w, 0)`` in ``w``'s layout."""
+    checks.check_apply_bits(w, bits, dim)
+    out = torch.empty_like(w)
+    _write_masked(w, unpack_bits(bits, w.shape[dim], dim), out)
+    return out
+
+
+def apply_bits_(w: Tensor, bits: Tensor, dim: int) -> None:
+    """``apply_bits`` in place."""
+    checks.check_apply_bits(w, bits, dim)
+    checks.check_writable(w, "w")
+    _write_masked(w, unpack_bits(bits, w.shape[dim], dim), w)
+
+
+def add_pruned_(grad: Tensor, w: Tensor, bits: Tensor, dim: int, alpha: float, scale: Tensor | None) -> None:
+    """``grad += alpha * scale * w`` where ``w`` is pruned; the other gradients keep their bits.
+
+    The sum is taken in float32, or in float64 if either tensor is, and rounded once to ``grad``'s dtype.
+    """
+    checks.check_add_pruned(grad, w, bits, dim, scale)
+    compute = torch.promote_types(torch.float32, torch.promote_types(grad.dtype, w.dtype))
+    factor = torch.full((), alpha, dtype=compute, device=grad.device)
+    if scale is not None:
+        factor = factor * scale.reshape(()).to(compute)
+    stepped = (grad.to(compute) + factor * w.to(compute)).to(grad.dtype)
+    grad.copy_(torch.where(unpack_bits(bits, w.shape[dim], dim), grad, stepped))
+
+
+def sad(a: Tensor, b: Tensor) -> Tensor:
+    """How many bits differ between two masks: 0-dim int64."""
+    checks.check_sad(a, b)
+    differing = a ^ b
+    return (
+        differing.sum()
+        if a.dtype == torch.bool
+        else _unpack_last(differing.unsqueeze(-1), 8).sum(dtype=torch.int64)
+    )
+
+
+def sad_out(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``sad`` into ``out``, a tensor of one int64."""
+    checks.check_sad(a, b)
+    checks.check_sad_out(a, out)
+    out.fill_(sad(a, b))
+
+
+def find_violation(w: Tensor, n: int, m: int, dim: int, pad: bool) -> Tensor:
+    """The first group with more than ``n`` nonzeros: int64 ``[row * groups + group, nonzeros]``, else ``[-1, 0]``."""
+    checks.check_weight(w, n, m, dim, pad)
+    nonzeros = (_grouped(magnitude_key(w), m, dim) != 0).sum(-1).flatten()
+    none = torch.tensor([-1, 0], device=w.device)
+    if nonzeros.numel() == 0:
+        return none
+    violates = nonzeros > n
+    first = violates.int().argmax()  # the first of several maxima
+    return torch.where(violates.any(), torch.stack([first, nonzeros[first]]), none)
+
+
+# --------------------------------------------------------------------------------------------------- the packed weight
+
+
+def compress(w: Tensor, n: int, m: int, dim: int, pad: bool) -> tuple[Tensor, Tensor]:
+    """Prunes and packs ``w``.
+
+    Returns:
+        ``values [..., groups * n]``: the kept weights of each group by position, and ``indices uint8 [..., bytes]``:
+        where in its group each stood. Virtual positions past the end of ``w`` are kept, as zeros, only where a short
+        last group has fewer than ``n`` weights.
+    """
+    checks.check_weight(w, n, m, dim, pad)
+    position = _ranking(w, m, dim)[..., :n].sort(dim=-1).values
+    values = _grouped(_as_int(w), m, dim).gather(-1, position).flatten(-2).contiguous().view(w.dtype)
+    if Pattern(n, m).encoding == "bitmask":
+        empty = position.new_zeros(*position.shape[:-1], m)
+        group_bits = empty.scatter_(-1, position, 1)
+    else:
+        shift = torch.arange(Pattern(n, m).index_bits, device=w.device)
+        group_bits = ((position.unsqueeze(-1) >> shift) & 1).flatten(-2)
+    return values, _pack_last(group_bits.flatten(-2))
+
+
+def decompress(values: Tensor, indices: Tensor, n: int, m: int, k: int, dim: int) -> Tensor:
+    """The dense weight: contiguous, a group dim of size ``k`` put back at ``dim``.
+
+    Fields that point outside their group or past ``k`` are ignored.
+    """
+    checks.check_packed(values, indices, n, m, k, dim)
+    position = _positions(indices, n, m, k)
+    # One more slot a group takes the values that stand nowhere.
+    slots = _as_int(values).new_zeros(*position.shape[:-1], m + 1)
+    slots.scatter_(-1, position, _as_int(values).reshape(position.shape))
+    return slots[..., :m].flatten(-2)[..., :k].movedim(-1, dim).contiguous().view(values.dtype)
+
+
+def gather_packed(dense: Tensor, indices: Tensor, n: int, m: int, dim: int) -> Tensor:
+    """What stands in ``dense`` where ``indices`` point, 0 for values that stand nowhere: ``[..., groups * n]``.
+
+    The transpose of ``decompress``, which is linear in its values; no op of its own, as PyTorch differentiates it.
+    """
+    position = _positions(indices, n, m, dense.shape[dim])
+    slots = F.pad(_grouped(dense, m, dim), (0, 1))
+    return slots.gather(-1, position).flatten(-2)
+
+
+def check_indices(indices: Tensor, n: int, m: int, k: int) -> Tensor:
+    """The first illegal group (``row * groups + group``), else -1: 0-dim int64.
+
+    Legal are ascending, distinct indices below ``m``, or a bitmask with ``n`` bits set, and zeros in the unused high
+    bits of a row's last byte (which count as part of its last group).
+    """
+    checks.check_indices_shape(indices, n, m, k)
+    group_bits = _group_bits(indices, n, m, k)
+    if Pattern(n, m).encoding == "bitmask":
+        bad = group_bits.sum(-1) != n
+    else:
+        fields = _index_fields(group_bits, n, m)
+        bad = (fields >= m).any(-1) | (fields[..., 1:] <= fields[..., :-1]).any(-1)
+    none = torch.tensor(-1, device=indices.device)
+    if bad.numel() == 0:
+        return none
+    rest = _unpack_last(indices, 8 * indices.shape[-1])[..., bad.shape[-1] * group_bits.shape[-1] :]
+    bad[..., -1] |= (rest != 0).any(-1)
+    bad = bad.flatten()
+    return torch.where(bad.any(), bad.int().argmax(), none)
+
+
+# ---------------------------------------------------------------------------------------------------- 4x4 transposable
+
+# The six ways to keep two of four columns; _ROWS[5 - p] keeps the other two.
+_ROWS = tuple(combinations(range(4), 2))
+_COMPLEMENTS = tuple((p, 5 - p) for p in range(6))
+
+
+def _column_classes() -> list[tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]]:
+    """Which two-row halves fit together: (patterns of the top half, patterns of the bottom half) per column count.
+
+    A 4x4 tile keeps two in every row and column exactly if its bottom half uses each column as often as the top half
+    leaves it free. Twice {p} leaves twice the complement; {p, q} in either order leaves the complements in either
+    order; a pair of complements uses each column once and leaves any pair of complements.
+    """
+    classes: list[tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]] = []
+    classes += [(((p, p),), ((5 - p, 5 - p),)) for p in range(6)]
+    for p, q in combinations(range(6), 2):
+        if p + q != 5:
+            classes.append((((p, q), (q, p)), ((5 - q, 5 - p), (5 - p, 5 - q))))
+    classes.append((_COMPLEMENTS, _COMPLEMENTS))
+    return classes
+
+
+def _first_best(scores: list[Tensor], patterns: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
+    """The largest of ``scores`` and its pattern pair as ``6 * upper + lower``; the first of equal ones."""
+    best, choice = (
+        scores[0],
+        torch.full_like(scores[0], 6 * patterns[0][0] + patterns[0][1], dtype=torch.int64),
+    )
+    for score, (upper, lower) in zip(scores[1:], patterns[1:], strict=True):
+        better = score > best
+        best = torch.where(better, score, best)
+        choice = torch.where(better, 6 * upper + lower, choice)
+    return best, choice
+
+
+def transposable_bits(w: Tensor) -> Tensor:
+    """Packed mask ``[R, ceil(C / 8)]`` of the best 2:4-in-rows-and-columns pattern of every 4x4 tile of ``w [R, C]``.
+
+    Best is the largest sum of kept ``|w|`` in float64, over all 90 patterns. So that a sum can neither overflow nor
+    be NaN, magnitudes are capped at 2^1000, and above that rank infinity and then NaN.
+    """
+    checks.check_transposable(w)
+    rows, cols = w.shape
+    magnitude = w.to(torch.float64).abs()
+    capped = magnitude.clamp(max=2.0**1000)
+    capped = torch.where(magnitude == float("inf"), 2.0**1010, capped)
+    capped = torch.where(magnitude.isnan(), 2.0**1020, capped)
+    tiles = capped.reshape(rows // 4, 4, cols // 4, 4)
+
+    kept = [[tiles[:, i, :, a] + tiles[:, i, :, b] for a, b in _ROWS] for i in range(4)]  # kept[row][pattern]
+    best = torch.full((rows // 4, cols // 4), -1.0, dtype=torch.float64, device=w.device)
+    top = bottom = torch.zeros_like(best, dtype=torch.int64)
+    for top_patterns, bottom_patterns in _column_classes():
+        top_score, top_choice = _first_best([kept[0][p] + kept[1][q] for p, q in top_patterns], top_patterns)
+        bottom_score, bottom_choice = _first_best(
+            [kept[2][p] + kept[3][q] for p, q in bottom_patterns], bottom_patterns
+        )
+        score = top_score + bottom_score
+        better = score > best
+        best = torch.where(better, score, best)
+        top = torch.where(better, top_choice, top)
+        bottom = torch.where(better, bottom_choice, bottom)
+
+    row_pattern = torch.stack([top // 6, top % 6, bottom // 6, bottom % 6], dim=1)  # [R / 4, 4, C / 4]
+    row_masks = torch.tensor([[c in pair for c in range(4)] for pair in _ROWS], device=w.device)
+    return _pack_last(row_masks[row_pattern].reshape(rows, cols))
