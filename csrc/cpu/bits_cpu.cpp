@@ -65,9 +65,9 @@ Tensor apply_bits_cpu(const Tensor& w, const Tensor& bits, int64_t dim) {
   return out;
 }
 
-void apply_bits_cpu(const Tensor& w, const Tensor& bits, int64_t dim) { apply_into(w, bits, dim, w); }
+void apply_bits_inplace_cpu(const Tensor& w, const Tensor& bits, int64_t dim) { apply_into(w, bits, dim, w); }
 
-void add_pruned_cpu(const Tensor& grad, const Tensor& w, const Tensor& bits, int64_t dim, double alpha,
+void add_pruned_inplace_cpu(const Tensor& grad, const Tensor& w, const Tensor& bits, int64_t dim, double alpha,
                  std::optional<Tensor> scale) {
   const DType grad_dtype = gradient_dtype_of(grad, "grad");
   const DType w_dtype = gradient_dtype_of(w, "w");
@@ -123,8 +123,8 @@ STABLE_TORCH_LIBRARY_IMPL(nmsparse, CPU, m) {
   m.impl("pack_bits", TORCH_BOX(&pack_bits_cpu));
   m.impl("unpack_bits", TORCH_BOX(&unpack_bits_cpu));
   m.impl("apply_bits", TORCH_BOX(&apply_bits_cpu));
-  m.impl("apply_bits_", TORCH_BOX(&apply_bits_cpu));
-  m.impl("add_pruned_", TORCH_BOX(&add_pruned_cpu));
+  m.impl("apply_bits_", TORCH_BOX(&apply_bits_inplace_cpu));
+  m.impl("add_pruned_", TORCH_BOX(&add_pruned_inplace_cpu));
   m.impl("sad", TORCH_BOX(&sad_cpu));
   m.impl("sad_out", TORCH_BOX(&sad_out_cpu));
 }

@@ -55,7 +55,7 @@ void prune_out_cpu(const Tensor& w, int64_t n, int64_t m, int64_t dim, bool pad,
   select_into(w, n, m, dim, &out, bits ? &*bits : nullptr);
 }
 
-void prune_cpu(const Tensor& w, int64_t n, int64_t m, int64_t dim, bool pad, std::optional<Tensor> bits) {
+void prune_inplace_cpu(const Tensor& w, int64_t n, int64_t m, int64_t dim, bool pad, std::optional<Tensor> bits) {
   prune_out_cpu(w, n, m, dim, pad, w, bits);
 }
 
@@ -87,7 +87,7 @@ Tensor transposable_bits_cpu(const Tensor& w) {
 STABLE_TORCH_LIBRARY_IMPL(nmsparse, CPU, m) {
   m.impl("prune", TORCH_BOX(&prune_cpu));
   m.impl("prune_out", TORCH_BOX(&prune_out_cpu));
-  m.impl("prune_", TORCH_BOX(&prune_cpu));
+  m.impl("prune_", TORCH_BOX(&prune_inplace_cpu));
   m.impl("mask_bits", TORCH_BOX(&mask_bits_cpu));
   m.impl("transposable_bits", TORCH_BOX(&transposable_bits_cpu));
 }
