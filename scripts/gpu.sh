@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command and without network: builds for this machine's GPU with the Python that
+# already has a CUDA torch, pytest and (better) ninja; runs the GPU tests, where a missing GPU is a failure and not a
+# skip; runs the GPU benchmarks; leaves JSON and the test report in $OUT (default bench/results).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+out=${OUT:-bench/results}
+limit=${GPU_LIMIT:-520}  # seconds for everything; what has not begun by then is left out and makes the run fail
+mkdir -p "$out"
+
+section() { echo; echo "==== $1 (${SECONDS} s)"; }
+remaining() { echo $((limit > SECONDS ? limit - SECONDS : 1)); }
+
+"$python" - <<'PYTHON_CODE'
+import sys, torch
+if not torch.cuda.is_available():
+    sys.exit(f"make gpu: torch {torch.__version__} of {sys.executable} sees no GPU (PYTHON=... chooses another Python)")
+PYTHON_CODE
+
+section "build"
+export CUDA_HOME=${CUDA_HOME:-$(scripts/find_cuda.sh)}
+export MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export NMSPARSE_CUDA=1
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+# One architecture, this machine's, is the quickest build.
+TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
+export TORCH_CUDA_ARCH_LIST
+"$python" setup.py --quiet build_ext --inplace
+"$python" -c 'import nmsparse_ext; print(nmsparse_ext.build_info())'
+"$python" -c 'import json, nmsparse_ext; print(json.dumps(nmsparse_ext.build_info().as_dict(), indent=1))' >"$out/build_info.json"
+
+section "tests"
+failed=()
+FAIL_WITHOUT_CUDA=1 timeout "$(remaining)" "$python" -m pytest -m needs_cuda -q --durations=10 \
+    --junitxml "$out/gpu_tests.xml" || failed+=("tests")
+
+shopt -s nullglob
+for file in bench/bench_gpu_*.py; do
+    name=$(basename "$file" .py)
+    section "$name"
+    timeout "$(remaining)" "$python" "$file" --json "$out/$name.json" || failed+=("$name")
+done
+
+section "done"
+if ((${#failed[@]})); then
+    echo "failed: ${failed[*]}" >&2
+    exit 1
+fi
+echo "results in $out: $(ls "$out" | tr '\n' ' ')"
