@@ -95,7 +95,7 @@ def extension(kind: str) -> dict[str, Any]:
     common = [
         CXX_STANDARD,
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-        *(["-O0", "-g", "-UNDEBUG"] if debug else ["-O3"]),
+        *(["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-g0"]),
     ]
     cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wextra", *isystem]
     # The stable ABI's current-stream call is declared only under USE_CUDA.
