@@ -95,9 +95,11 @@ def extension(kind: str) -> dict[str, Any]:
     common = [
         CXX_STANDARD,
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-        *(["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-g0"]),
+        *(["-O0", "-g", "-UNDEBUG"] if debug else ["-O3"]),
     ]
     cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wextra", *isystem]
+    if not debug:
+        cxx.append("-g0")  # many Pythons add -g to every extension's flags: ten times the size
     # The stable ABI's current-stream call is declared only under USE_CUDA.
     nvcc = [*common, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", *(["-G"] if debug else ["-lineinfo"])]
 
