@@ -1,10 +1,10 @@
 """N:M sparsity for PyTorch: choose a pattern, train with it, pack it, run it.
 
-import nmsparse_ext as nms
-
-pruned = nms.nm_prune(weight, "2:4")    # the two largest |w| of every four are kept, the rest are 0
-packed = nms.compress(pruned, "2:4")    # half the values, and where they stood
-y = nms.linear(x, packed)
+Example:
+    >>> import nmsparse_ext as nms
+    >>> pruned = nms.nm_prune(weight, "2:4")  # the two largest |w| of every four are kept, the rest are 0
+    >>> packed = nms.compress(pruned, "2:4")  # half the values, and where they stood
+    >>> y = nms.linear(x, packed)
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = [
     "transposable_mask",
 ]
 
-# name -> the module that brings it, imported at first use: who prunes need not wait for what trains and saves.
+# name -> the module that brings it, imported at first use: pruning does not wait for training and files.
 _LAZY = {
     "NMTensor": "tensor",
     "Scheme": "scheme",

@@ -1,8 +1,8 @@
 """Argument checks and shape arithmetic of the ops, shared by the reference kernels and the fake kernels.
 
-They are written with ``torch._check`` so that they also hold for symbolic sizes: a fake kernel that accepted what the
-real kernel refuses would turn a clear error at trace time into a crash at run time. ``torch._check`` raises
-``RuntimeError``, as the compiled kernels do; the public functions in ``ops.py`` check first and raise
+They are written with ``torch._check`` so that they also hold for symbolic sizes: a fake kernel that accepted
+what the real kernel refuses would turn a clear error at trace time into a crash at run time. ``torch._check``
+raises ``RuntimeError``, as the compiled kernels do; the public functions in ``ops.py`` check first and raise
 ``ValueError``/``TypeError`` with the public argument names.
 """
 
@@ -81,10 +81,12 @@ def check_weight(w: Tensor, n: int, m: int, dim: int, pad: bool) -> None:
     if not pad:
         torch._check(
             w.shape[dim] % m == 0,
-            lambda: (
-                f"w has size {w.shape[dim]} along dim {dim}, which is no multiple of m = {m}, and pad is False"
-            ),
+            lambda: f"w has size {w.shape[dim]} along dim {dim}, no multiple of m = {m}, and pad is False",
         )
+
+
+def check_contiguous(tensor: Tensor, name: str) -> None:
+    torch._check(tensor.is_contiguous(), lambda: f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
 def check_same_device(tensor: Tensor, name: str, w: Tensor, w_name: str) -> None:
@@ -105,7 +107,7 @@ def check_bits(bits: Tensor, w: Tensor, dim: int, w_name: str = "w") -> None:
             f"got {list(bits.shape)}"
         ),
     )
-    torch._check(bits.is_contiguous(), lambda: f"bits must be contiguous, got strides {bits.stride()}")
+    check_contiguous(bits, "bits")
     check_same_device(bits, "bits", w, w_name)
 
 
@@ -122,6 +124,7 @@ def check_unpack_bits(bits: Tensor, k: int, dim: int) -> None:
         bits.shape[-1] == ceil_div(k, 8),
         lambda: f"bits must have {ceil_div(k, 8)} bytes a row for k = {k}, got {bits.shape[-1]}",
     )
+    check_contiguous(bits, "bits")
 
 
 def check_apply_bits(w: Tensor, bits: Tensor, dim: int) -> None:
@@ -163,6 +166,8 @@ def check_sad(a: Tensor, b: Tensor) -> None:
     torch._check(a.dtype == b.dtype, lambda: f"b must have the dtype of a, {a.dtype}, got {b.dtype}")
     check_same_shape(b, "b", a, "a")
     check_same_device(b, "b", a, "a")
+    check_contiguous(a, "a")
+    check_contiguous(b, "b")
 
 
 def check_sad_out(a: Tensor, out: Tensor) -> None:
@@ -208,6 +213,7 @@ def check_indices_shape(indices: Tensor, n: int, m: int, k: int) -> None:
         indices.shape[-1] == row_bytes,
         lambda: f"indices must have {row_bytes} bytes a row for {n}:{m} and k = {k}, got {indices.shape[-1]}",
     )
+    check_contiguous(indices, "indices")
 
 
 def check_packed(values: Tensor, indices: Tensor, n: int, m: int, k: int, dim: int) -> None:
@@ -217,7 +223,8 @@ def check_packed(values: Tensor, indices: Tensor, n: int, m: int, k: int, dim: i
     torch._check(
         values.shape[-1] == ceil_div(k, m) * n,
         lambda: (
-            f"values must have {ceil_div(k, m) * n} entries a row for {n}:{m} and k = {k}, got {values.shape[-1]}"
+            f"values must have {ceil_div(k, m) * n} entries a row for {n}:{m} and k = {k}, "
+            f"got {values.shape[-1]}"
         ),
     )
     torch._check(
@@ -229,6 +236,7 @@ def check_packed(values: Tensor, indices: Tensor, n: int, m: int, k: int, dim: i
         ),
     )
     check_same_device(indices, "indices", values, "values")
+    check_contiguous(values, "values")
 
 
 def check_transposable(w: Tensor) -> None:

@@ -1,8 +1,9 @@
 """Registers ``torch.ops.nmsparse``: schemas, fallback kernels, fake kernels and gradients.
 
-The compiled module ``nmsparse_ext._C`` brings the schemas and the CPU (and CUDA) kernels. Without it the same schemas
-are inferred from the annotations in ``reference.py``. Either way the reference functions serve every device that has
-no compiled kernel, and all that follows (fakes, version counters, autograd) is registered here, once.
+The compiled module ``nmsparse_ext._C`` brings the schemas and the CPU (and CUDA) kernels. Without it the same
+schemas are inferred from the annotations in ``reference.py``. Either way the reference functions serve every
+device that has no compiled kernel, and all that follows (fakes, version counters, autograd) is registered
+here, once.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
 def schema_of(name: str) -> str:
     """The schema of an op, from the annotations of its reference function.
 
-    ``infer_schema`` makes every int symbolic. Only sizes can be: a pattern or a dim that changes changes the shapes.
+    ``infer_schema`` makes every int symbolic. Only sizes can be: a pattern or a dim that changes changes the
+    shapes.
     """
     mutated = MUTATED_ARGS[name]
     schema = torch.library.infer_schema(getattr(reference, name), mutates_args=mutated, op_name=name)
@@ -78,11 +80,12 @@ for _name, _mutated in MUTATED_ARGS.items():
         _library.impl(_name, _bump_versions(_name, _mutated), "ADInplaceOrView", with_keyset=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- fakes
+# ------------------------------------------------------------------------------------------------------ fakes
+# Each repeats the checks of the real kernel and says what it returns.
 
 
 def _fake(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers the fake kernel of the op whose name follows ``_fake_``; it repeats the checks of the real one."""
+    """Registers the fake kernel of the op whose name follows ``_fake_``."""
     name = kernel.__name__.removeprefix("_fake_")
     torch.library.register_fake(f"{NAMESPACE}::{name}", kernel, lib=_library)
     return kernel
@@ -190,7 +193,7 @@ def _fake_transposable_bits(w: Tensor) -> Tensor:
     return w.new_empty(checks.bits_shape(w.shape, 1), dtype=torch.uint8)
 
 
-# ----------------------------------------------------------------------------------------------------------- autograd
+# --------------------------------------------------------------------------------------------------- autograd
 # A mask is a constant to autograd: gradients pass where weights are kept.
 
 
@@ -226,7 +229,13 @@ def _save_compress(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _grad_compress(ctx: Any, grad: Tensor, _grad_indices: Tensor) -> tuple[Tensor, None, None, None, None]:
     (indices,) = ctx.saved_tensors
-    return torch.ops.nmsparse.decompress(grad, indices, ctx.n, ctx.m, ctx.k, ctx.dim), None, None, None, None
+    return (
+        torch.ops.nmsparse.decompress(grad.contiguous(), indices, ctx.n, ctx.m, ctx.k, ctx.dim),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def _save_decompress(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,21 +1,22 @@
 """Public functions: arguments checked by name, then one call of ``torch.ops.nmsparse``.
 
-A *group* is ``m`` consecutive weights along the group dim ``dim``; a pattern ``n:m`` keeps ``n`` of every ``m``. Which
-ones is one rule on every device: the largest ``|w|``, ties to the lower index, NaN above everything, -0.0 equal to
-0.0, int8 -128 as 128. Kept weights are copied bit for bit, pruned ones become +0.0 by selection.
+A *group* is ``m`` consecutive weights along the group dim ``dim``; a pattern ``n:m`` keeps ``n`` of every
+``m``. Which ones is one rule on every device: the largest ``|w|``, ties to the lower index, NaN above
+everything, -0.0 equal to 0.0, int8 -128 as 128. Kept weights are copied bit for bit, pruned ones become +0.0
+by selection.
 
 Shared arguments:
-    w: float64, float32, bfloat16, float16, int8 or float8_e4m3fn; 1 to 5 dimensions, any strides, may be empty.
+    w: float64, float32, bfloat16, float16, int8 or float8_e4m3fn, 1 to 5 dimensions, any strides.
     pattern: a ``Pattern`` or text such as ``"2:4"``.
-    dim: the group dim, negative ones count from the end. The default 1 is the input dim of linear and conv weights; a
-        1-dimensional ``w`` is grouped along its only dim, so there 1 means 0.
-    remainder: what to do when ``dim`` is no multiple of ``m``. ``"error"`` refuses; ``"pad"`` counts zeros after the
-        end, so that a short last group of ``len`` weights keeps ``min(n, len)``.
-    grouping: ``"channel"`` groups along ``dim``. ``"flat"`` groups the weight flattened in logical order (for a conv
-        weight O, I, kh, kw), as the original N:M code does; ``dim`` is then ignored.
+    dim: the group dim, negative ones count from the end. The default 1 is the input dim of linear and conv
+        weights; a 1-dimensional ``w`` is grouped along its only dim, so there 1 means 0.
+    remainder: what to do when ``dim`` is no multiple of ``m``. ``"error"`` refuses; ``"pad"`` counts zeros
+        after the end, so that a short last group of ``len`` weights keeps ``min(n, len)``.
+    grouping: ``"channel"`` groups along ``dim``. ``"flat"`` groups the weight flattened in logical order (for
+        a conv weight O, I, kh, kw), as the original N:M code does; ``dim`` is then ignored.
 
-*Packed bits* are masks of one bit a weight: uint8, group dim moved last, low bits first, 1 = kept, zeros in the unused
-high bits of a row's last byte. ``"flat"`` packs the flattened mask: shape ``[ceil(numel / 8)]``.
+*Packed bits* are masks of one bit a weight: uint8, group dim moved last, low bits first, 1 = kept, zeros in
+the unused high bits of a row's last byte. ``"flat"`` packs the flattened mask: shape ``[ceil(numel / 8)]``.
 
 The functions after ``find_violation`` are the thin layer on which training and deployment stand.
 """
@@ -58,7 +59,7 @@ Grouping = Literal["channel", "flat"]
 _nms = torch.ops.nmsparse
 
 
-# ------------------------------------------------------------------------------------------------- argument checks
+# -------------------------------------------------------------------------------------------- argument checks
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -178,13 +179,13 @@ def _overlaps_partly(a: Tensor, b: Tensor) -> bool:
 
     Compares address ranges, so tensors that interleave without a common element count as well.
     """
-    if a.numel() == 0 or not torch._C._is_alias_of(a, b):
+    if a.numel() == 0 or a.untyped_storage()._cdata != b.untyped_storage()._cdata:
         return False
     if a.storage_offset() == b.storage_offset() and a.stride() == b.stride():
         return False
 
     def span(t: Tensor) -> tuple[int, int]:
-        first = t.storage_offset()
+        first = int(t.storage_offset())
         return first, first + sum(
             (size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)
         )
@@ -205,7 +206,7 @@ def _like(flat: Tensor, w: Tensor) -> Tensor:
     return shaped if w.is_contiguous() else torch.empty_like(w).copy_(shaped)
 
 
-# ------------------------------------------------------------------------------------------------- masks and pruning
+# ------------------------------------------------------------------------------------------ masks and pruning
 
 
 def nm_mask(
@@ -290,26 +291,27 @@ def nm_prune(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The weight with all but the kept entries set to +0.0.
 
-    Equivalent to ``torch.where(nm_mask(w, pattern), w, 0)``, in one pass. Differentiable in ``w`` unless ``out`` is
-    given: the gradient is that of the kept entries, the mask counts as constant.
+    Equivalent to ``torch.where(nm_mask(w, pattern), w, 0)``, in one pass. Differentiable in ``w`` unless
+    ``out`` is given: the gradient is that of the kept entries, the mask counts as constant.
 
     Args:
         w: The weight.
         pattern: ``n`` kept of every ``m``.
         dim: The group dim.
-        out: Written to and returned: ``w``'s shape, dtype and device, any layout; ``w`` itself or separate memory.
+        out: Written to and returned: ``w``'s shape, dtype and device, any layout; ``w`` itself or separate
+            memory.
         return_bits: Return the packed mask too.
         remainder: ``"error"`` or ``"pad"``.
         grouping: ``"channel"`` or ``"flat"``.
 
     Returns:
-        The pruned weight in ``w``'s shape, dtype and layout (or ``out``); with ``return_bits=True`` a pair of it and
-        the packed bits, see :func:`nm_mask`.
+        The pruned weight in ``w``'s shape, dtype and layout (or ``out``); with ``return_bits=True`` a pair of
+        it and the packed bits, see :func:`nm_mask`.
 
     Raises:
         TypeError: For a wrong type or dtype.
-        ValueError: For an argument that is not allowed, an ``out`` that overlaps ``w`` partly, or an ``out`` where
-            gradients are recorded.
+        ValueError: For an argument that is not allowed, an ``out`` that overlaps ``w`` partly, or an ``out``
+            where gradients are recorded.
     """
     n, m, dim, pad = _arguments(w, pattern, dim, remainder, grouping)
     if out is not None:
@@ -393,8 +395,8 @@ def nm_prune_(
 def transposable_mask(w: Tensor, *, bits: bool = False) -> Tensor:
     """The best mask that is 2:4 along rows and along columns, so that ``w`` and its transpose are both 2:4.
 
-    Exact: every 4x4 tile gets the one of the 90 possible patterns with the largest sum of kept ``|w|`` (in float64;
-    magnitudes are capped at 2^1000, infinity and then NaN rank above).
+    Exact: every 4x4 tile gets the one of the 90 possible patterns with the largest sum of kept ``|w|`` (in
+    float64; magnitudes are capped at 2^1000, infinity and then NaN rank above).
 
     Args:
         w: 2-D, both sizes multiples of 4.
@@ -422,7 +424,8 @@ def _check_masks(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
         _check_dtype(name, mask, (torch.bool, torch.uint8))
     if a.dtype != b.dtype:
         raise TypeError(
-            f"{a_name} and {b_name} must both be bool masks or both be packed bits, got {a.dtype} and {b.dtype}"
+            f"{a_name} and {b_name} must both be bool masks or both be packed bits, "
+            f"got {a.dtype} and {b.dtype}"
         )
     _check_same_shape(b_name, b, a_name, a)
     _check_same_device(b_name, b, a_name, a)
@@ -445,7 +448,7 @@ def sad(mask_a: Tensor, mask_b: Tensor) -> int:
         ValueError: If shapes or devices differ.
     """
     _check_masks("mask_a", mask_a, "mask_b", mask_b)
-    return int(_nms.sad(mask_a, mask_b).item())
+    return int(_nms.sad(mask_a.contiguous(), mask_b.contiguous()).item())
 
 
 class Violation(NamedTuple):
@@ -456,7 +459,7 @@ class Violation(NamedTuple):
         kept: How many of its weights are not zero.
     """
 
-    index: tuple[int, ...]
+    index: tuple[int, ...]  # type: ignore[assignment]  # tuple.index, which nobody wants here
     kept: int
 
 
@@ -468,7 +471,7 @@ def find_violation(
     remainder: Remainder = "error",
     grouping: Grouping = "channel",
 ) -> Violation | None:
-    """The first group that has more than ``n`` nonzeros, in memory order of a tensor with the group dim moved last.
+    """The first group with more than ``n`` nonzeros, counted row by row with the group dim moved last.
 
     NaN counts as nonzero, -0.0 as zero. Waits for the result on a GPU.
 
@@ -508,7 +511,7 @@ def _coordinates(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(index))
 
 
-# ------------------------------------------------------------------------- the thin layer for training and deployment
+# ----------------------------------------------------------------- the thin layer for training and deployment
 
 
 def mask_bits(w: Tensor, pattern: Pattern | str, *, dim: int = 1, remainder: Remainder = "error") -> Tensor:
@@ -526,7 +529,7 @@ def prune_into(
     bits: Tensor | None = None,
     remainder: Remainder = "error",
 ) -> None:
-    """Writes the pruned ``w`` to ``out`` (which may be ``w``) and its packed mask to ``bits``; allocates nothing."""
+    """Writes the pruned ``w`` to ``out`` (``w`` itself or separate memory) and its packed mask to ``bits``."""
     n, m, dim, pad = _arguments(w, pattern, dim, remainder)
     if bits is not None:
         _check_bits("bits", bits, w.shape, dim)
@@ -555,7 +558,7 @@ def unpack_bits(bits: Tensor, k: int, *, dim: int = 1) -> Tensor:
     dim = _normalize_dim("bits", bits.dim(), dim)
     if k < 0 or bits.shape[-1] != ceil_div(k, 8):
         raise ValueError(f"k must fit the {bits.shape[-1]} bytes a row of bits, got {k}")
-    return _nms.unpack_bits(bits, k, dim)
+    return _nms.unpack_bits(bits.contiguous(), k, dim)
 
 
 def apply_bits(w: Tensor, bits: Tensor, *, dim: int = 1) -> Tensor:
@@ -618,7 +621,7 @@ def sad_into(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     if out.numel() != 1:
         raise ValueError(f"out must hold one number, got shape {list(out.shape)}")
     _check_same_device("out", out, "a", a)
-    _nms.sad_out(a, b, out)
+    _nms.sad_out(a.contiguous(), b.contiguous(), out)
     return out
 
 
@@ -629,7 +632,8 @@ def pack(
 
     Returns:
         ``values [other dims..., groups * n]`` of ``w``'s dtype: the kept weights of each group in order, and
-        ``indices`` uint8 ``[other dims..., bytes]``: where they stood, ``Pattern.bits_per_group`` bits a group.
+        ``indices`` uint8 ``[other dims..., bytes]``: where they stood, ``Pattern.bits_per_group`` bits a
+        group.
     """
     n, m, dim, pad = _arguments(w, pattern, dim, remainder)
     return _nms.compress(w, n, m, dim, pad)
@@ -676,19 +680,19 @@ def unpack(values: Tensor, indices: Tensor, pattern: Pattern | str, *, k: int, d
             f"dimension, got shape {list(indices.shape)}"
         )
     _check_same_device("indices", indices, "values", values)
-    return _nms.decompress(values, indices, p.n, p.m, k, dim)
+    return _nms.decompress(values.contiguous(), indices.contiguous(), p.n, p.m, k, dim)
 
 
 def check_indices(indices: Tensor, pattern: Pattern | str, *, k: int) -> tuple[int, ...] | None:
     """Finds the first group whose packed indices no encoder would write.
 
-    Legal are ``n`` ascending, distinct indices below ``m`` (or a bitmask with ``n`` bits set) and zeros in the unused
-    bits of a row's last byte. Waits for the result on a GPU.
+    Legal are ``n`` ascending, distinct indices below ``m`` (or a bitmask with ``n`` bits set) and zeros in
+    the unused bits of a row's last byte. Waits for the result on a GPU.
 
     Returns:
         None if all are legal, else ``(other dims..., group)`` of the first bad one.
     """
     p = Pattern.parse(pattern)
     _check_indices_tensor(indices, p, k)
-    bad = int(_nms.check_indices(indices, p.n, p.m, k).item())
+    bad = int(_nms.check_indices(indices.contiguous(), p.n, p.m, k).item())
     return None if bad < 0 else _coordinates(bad, (*indices.shape[:-1], p.groups(k)))

@@ -1,10 +1,12 @@
-"""The ops in pure PyTorch: the truth that every compiled kernel is tested against, and the fallback without one.
+"""The ops in pure PyTorch: the truth that compiled kernels are tested against, and the fallback without them.
 
-Each function is the kernel of the op of the same name in ``torch.ops.nmsparse``; its annotations are the op's schema.
-They aim to be short and obviously right rather than fast. ``dim`` is >= 0 here. In shapes, ``...`` are the dimensions
-other than the group dim, in order; ``K`` is the size of the group dim and ``groups = ceil(K / m)``.
+Each function is the kernel of the op of the same name in ``torch.ops.nmsparse``; its annotations are the op's
+schema. They aim to be short and obviously right rather than fast. ``dim`` is >= 0 here. In shapes, ``...``
+are the dimensions other than the group dim, in order; ``K`` is the size of the group dim and
+``groups = ceil(K / m)``.
 
-All work is done on integer views, so that a kept NaN keeps its payload and dtypes without arithmetic (float8) work.
+All work is done on integer views, so that a kept NaN keeps its payload and dtypes without arithmetic (float8)
+work.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from . import _checks as checks
 from ._checks import ceil_div
 from .pattern import Pattern
 
-# ------------------------------------------------------------------------------------------------ the selection rule
+# ----------------------------------------------------------------------------------------- the selection rule
 
 _INT_VIEW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# dtype -> the one key that stands for every NaN: just above the largest key of a number (infinity where there is one).
+# dtype -> the one key that stands for every NaN: just above the largest key of a number or infinity.
 _NAN_KEY = {
     torch.float64: 0x7FF0_0000_0000_0001,
     torch.float32: 0x7F80_0001,
@@ -55,9 +57,10 @@ def _grouped(x: Tensor, m: int, dim: int) -> Tensor:
 
 
 def _ranking(w: Tensor, m: int, dim: int) -> Tensor:
-    """Per group, the positions from the largest ``|w|`` to the smallest, ties by position: ``[..., groups, m]``.
+    """Per group, the positions from the largest ``|w|`` to the smallest: ``[..., groups, m]``.
 
-    Virtual positions past the end of ``w`` hold zeros and come last in their group, so every real weight outranks them.
+    Equal ones stand in order of position. Virtual positions past the end of ``w`` hold zeros and come last in
+    their group, so every real weight outranks them.
     """
     return _grouped(magnitude_key(w), m, dim).sort(dim=-1, descending=True, stable=True).indices
 
@@ -74,7 +77,7 @@ def _write_masked(w: Tensor, mask: Tensor, out: Tensor) -> None:
     _as_int(out).copy_(torch.where(mask, _as_int(w), 0))
 
 
-# --------------------------------------------------------------------------------------------------- bits and fields
+# -------------------------------------------------------------------------------------------- bits and fields
 
 
 def _pack_last(bits: Tensor) -> Tensor:
@@ -107,9 +110,10 @@ def _index_fields(group_bits: Tensor, n: int, m: int) -> Tensor:
 
 
 def _positions(indices: Tensor, n: int, m: int, k: int) -> Tensor:
-    """Where in its group each value stands, ``m`` for a value that stands nowhere: ``int64 [..., groups, n]``.
+    """Where in its group each value stands: ``int64 [..., groups, n]``, ``m`` for nowhere.
 
-    Fields that point outside the group or past ``k`` stand nowhere, so that no damaged input can reach outside memory.
+    Fields that point outside the group or past ``k`` stand nowhere, so that no damaged input can reach
+    outside memory.
     """
     group_bits = _group_bits(indices, n, m, k)
     if Pattern(n, m).encoding == "bitmask":
@@ -122,7 +126,7 @@ def _positions(indices: Tensor, n: int, m: int, k: int) -> Tensor:
     return fields.masked_fill((fields >= m) | (start + fields >= k), m)
 
 
-# --------------------------------------------------------------------------------------------------- masks and pruning
+# ------------------------------------------------------------------------------------------ masks and pruning
 
 
 def prune(w: Tensor, n: int, m: int, dim: int, pad: bool) -> tuple[Tensor, Tensor]:
@@ -191,14 +195,14 @@ def apply_bits_(w: Tensor, bits: Tensor, dim: int) -> None:
 def add_pruned_(grad: Tensor, w: Tensor, bits: Tensor, dim: int, alpha: float, scale: Tensor | None) -> None:
     """``grad += alpha * scale * w`` where ``w`` is pruned; the other gradients keep their bits.
 
-    The sum is taken in float32, or in float64 if either tensor is, and rounded once to ``grad``'s dtype.
+    Term and sum are taken in float32, or in float64 for a float64 ``grad``, and rounded once to its dtype.
     """
     checks.check_add_pruned(grad, w, bits, dim, scale)
-    compute = torch.promote_types(torch.float32, torch.promote_types(grad.dtype, w.dtype))
-    factor = torch.full((), alpha, dtype=compute, device=grad.device)
+    compute = torch.promote_types(torch.float32, grad.dtype)
+    factor = torch.full((), alpha, dtype=torch.float64, device=grad.device)
     if scale is not None:
-        factor = factor * scale.reshape(()).to(compute)
-    stepped = (grad.to(compute) + factor * w.to(compute)).to(grad.dtype)
+        factor = factor * scale.reshape(())
+    stepped = (grad.to(compute) + factor.to(compute) * w.to(compute)).to(grad.dtype)
     grad.copy_(torch.where(unpack_bits(bits, w.shape[dim], dim), grad, stepped))
 
 
@@ -221,7 +225,7 @@ def sad_out(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def find_violation(w: Tensor, n: int, m: int, dim: int, pad: bool) -> Tensor:
-    """The first group with more than ``n`` nonzeros: int64 ``[row * groups + group, nonzeros]``, else ``[-1, 0]``."""
+    """The first group with over ``n`` nonzeros: int64 ``[row * groups + group, nonzeros]``, else ``[-1, 0]``."""
     checks.check_weight(w, n, m, dim, pad)
     nonzeros = (_grouped(magnitude_key(w), m, dim) != 0).sum(-1).flatten()
     none = torch.tensor([-1, 0], device=w.device)
@@ -232,16 +236,16 @@ def find_violation(w: Tensor, n: int, m: int, dim: int, pad: bool) -> Tensor:
     return torch.where(violates.any(), torch.stack([first, nonzeros[first]]), none)
 
 
-# --------------------------------------------------------------------------------------------------- the packed weight
+# ------------------------------------------------------------------------------------------ the packed weight
 
 
 def compress(w: Tensor, n: int, m: int, dim: int, pad: bool) -> tuple[Tensor, Tensor]:
     """Prunes and packs ``w``.
 
     Returns:
-        ``values [..., groups * n]``: the kept weights of each group by position, and ``indices uint8 [..., bytes]``:
-        where in its group each stood. Virtual positions past the end of ``w`` are kept, as zeros, only where a short
-        last group has fewer than ``n`` weights.
+        ``values [..., groups * n]``: the kept weights of each group by position, and ``indices uint8 [...,
+        bytes]``: where in its group each stood. Virtual positions past the end of ``w`` are kept, as zeros,
+        only where a short last group has fewer than ``n`` weights.
     """
     checks.check_weight(w, n, m, dim, pad)
     position = _ranking(w, m, dim)[..., :n].sort(dim=-1).values
@@ -269,9 +273,10 @@ def decompress(values: Tensor, indices: Tensor, n: int, m: int, k: int, dim: int
 
 
 def gather_packed(dense: Tensor, indices: Tensor, n: int, m: int, dim: int) -> Tensor:
-    """What stands in ``dense`` where ``indices`` point, 0 for values that stand nowhere: ``[..., groups * n]``.
+    """What stands in ``dense`` where ``indices`` point, 0 where they point nowhere: ``[..., groups * n]``.
 
-    The transpose of ``decompress``, which is linear in its values; no op of its own, as PyTorch differentiates it.
+    The transpose of ``decompress``, which is linear in its values; no op of its own, as PyTorch
+    differentiates it.
     """
     position = _positions(indices, n, m, dense.shape[dim])
     slots = F.pad(_grouped(dense, m, dim), (0, 1))
@@ -281,8 +286,8 @@ def gather_packed(dense: Tensor, indices: Tensor, n: int, m: int, dim: int) -> T
 def check_indices(indices: Tensor, n: int, m: int, k: int) -> Tensor:
     """The first illegal group (``row * groups + group``), else -1: 0-dim int64.
 
-    Legal are ascending, distinct indices below ``m``, or a bitmask with ``n`` bits set, and zeros in the unused high
-    bits of a row's last byte (which count as part of its last group).
+    Legal are ascending, distinct indices below ``m``, or a bitmask with ``n`` bits set, and zeros in the
+    unused high bits of a row's last byte (which count as part of its last group).
     """
     checks.check_indices_shape(indices, n, m, k)
     group_bits = _group_bits(indices, n, m, k)
@@ -300,7 +305,7 @@ def check_indices(indices: Tensor, n: int, m: int, k: int) -> Tensor:
     return torch.where(bad.any(), bad.int().argmax(), none)
 
 
-# ---------------------------------------------------------------------------------------------------- 4x4 transposable
+# ------------------------------------------------------------------------------------------- 4x4 transposable
 
 # The six ways to keep two of four columns; _ROWS[5 - p] keeps the other two.
 _ROWS = tuple(combinations(range(4), 2))
@@ -308,11 +313,12 @@ _COMPLEMENTS = tuple((p, 5 - p) for p in range(6))
 
 
 def _column_classes() -> list[tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]]:
-    """Which two-row halves fit together: (patterns of the top half, patterns of the bottom half) per column count.
+    """Which two-row halves fit together, as (row patterns of the top half, those of the bottom half).
 
-    A 4x4 tile keeps two in every row and column exactly if its bottom half uses each column as often as the top half
-    leaves it free. Twice {p} leaves twice the complement; {p, q} in either order leaves the complements in either
-    order; a pair of complements uses each column once and leaves any pair of complements.
+    A 4x4 tile keeps two in every row and column exactly if its bottom half uses each column as often as the
+    top half leaves it free. Twice {p} leaves twice the complement; {p, q} in either order leaves the
+    complements in either order; a pair of complements uses each column once and leaves any pair of
+    complements.
     """
     classes: list[tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]] = []
     classes += [(((p, p),), ((5 - p, 5 - p),)) for p in range(6)]
@@ -337,10 +343,10 @@ def _first_best(scores: list[Tensor], patterns: tuple[tuple[int, int], ...]) -> 
 
 
 def transposable_bits(w: Tensor) -> Tensor:
-    """Packed mask ``[R, ceil(C / 8)]`` of the best 2:4-in-rows-and-columns pattern of every 4x4 tile of ``w [R, C]``.
+    """Packed mask of the best 2:4-in-rows-and-columns pattern of every 4x4 tile: ``[R, ceil(C / 8)]``.
 
-    Best is the largest sum of kept ``|w|`` in float64, over all 90 patterns. So that a sum can neither overflow nor
-    be NaN, magnitudes are capped at 2^1000, and above that rank infinity and then NaN.
+    Best is the largest sum of kept ``|w|`` in float64, over all 90 patterns. So that a sum can neither
+    overflow nor be NaN, magnitudes are capped at 2^1000, and above that rank infinity and then NaN.
     """
     checks.check_transposable(w)
     rows, cols = w.shape
