@@ -229,13 +229,8 @@ def _save_compress(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _grad_compress(ctx: Any, grad: Tensor, _grad_indices: Tensor) -> tuple[Tensor, None, None, None, None]:
     (indices,) = ctx.saved_tensors
-    return (
-        torch.ops.nmsparse.decompress(grad.contiguous(), indices, ctx.n, ctx.m, ctx.k, ctx.dim),
-        None,
-        None,
-        None,
-        None,
-    )
+    grad_w = torch.ops.nmsparse.decompress(grad.contiguous(), indices, ctx.n, ctx.m, ctx.k, ctx.dim)
+    return grad_w, None, None, None, None
 
 
 def _save_decompress(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -529,7 +529,7 @@ def prune_into(
     bits: Tensor | None = None,
     remainder: Remainder = "error",
 ) -> None:
-    """Writes the pruned ``w`` to ``out`` (``w`` itself or separate memory) and its packed mask to ``bits``."""
+    """Writes the pruned ``w`` to ``out`` (``w`` itself or separate memory) and its mask to ``bits``."""
     n, m, dim, pad = _arguments(w, pattern, dim, remainder)
     if bits is not None:
         _check_bits("bits", bits, w.shape, dim)

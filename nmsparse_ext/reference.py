@@ -225,7 +225,7 @@ def sad_out(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def find_violation(w: Tensor, n: int, m: int, dim: int, pad: bool) -> Tensor:
-    """The first group with over ``n`` nonzeros: int64 ``[row * groups + group, nonzeros]``, else ``[-1, 0]``."""
+    """The first group with over ``n`` nonzeros: ``[row * groups + group, nonzeros]``, else ``[-1, 0]``."""
     checks.check_weight(w, n, m, dim, pad)
     nonzeros = (_grouped(magnitude_key(w), m, dim) != 0).sum(-1).flatten()
     none = torch.tensor([-1, 0], device=w.device)
