@@ -6,12 +6,13 @@ Importing this module is what decides between compiled kernels and pure PyTorch;
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 import platform
 from types import ModuleType
 
 import torch
+
+import nmsparse_ext
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -20,7 +21,7 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, "NMSPARSE_REFERENCE is set"
     try:
         # torch is imported above: its libraries have to be loaded before ours can find them.
-        from nmsparse_ext import _C
+        from nmsparse_ext import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return None, f"nmsparse_ext._C cannot be imported: {error}"
     return _C, ""
@@ -108,13 +109,6 @@ class BuildInfo:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("nmsparse_ext")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed (run from its source folder)"
-
-
 def _cuda_devices() -> tuple[str, ...]:
     if not torch.cuda.is_available():
         return ()
@@ -157,7 +151,7 @@ def build_info() -> BuildInfo:
     cuda = bool(compiled.get("cuda", False))
     cusparselt_version, cusparselt_reason = _cusparselt()
     return BuildInfo(
-        version=_version(),
+        version=nmsparse_ext.__version__,
         python=platform.python_version(),
         torch=torch.__version__,
         reference=extension is None,

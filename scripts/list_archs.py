@@ -2,8 +2,8 @@
 
     python scripts/list_archs.py nmsparse_ext/_C*.so --expect "8.0;9.0"
 
-Fails if machine code for an expected architecture is missing. Needs `cuobjdump`: from the CUDA toolkit, from PATH, or
-from the PyPI package nvidia-cuda-cuobjdump.
+Fails if machine code for an expected architecture is missing. Needs `cuobjdump`: from the CUDA toolkit, from PATH,
+or from the PyPI package nvidia-cuda-cuobjdump.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def main() -> None:
     """Prints the list and checks it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("library", type=Path)
-    parser.add_argument("--expect", default="", help='architectures as in TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX"')
+    parser.add_argument(
+        "--expect", default="", help='architectures as in TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX"'
+    )
     arguments = parser.parse_args()
 
     cuobjdump = find_cuobjdump()
