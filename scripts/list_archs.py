@@ -2,7 +2,7 @@
 
     python scripts/list_archs.py nmsparse_ext/_C*.so --expect "8.0;9.0"
 
-Fails if machine code for an expected architecture is missing. Needs `cuobjdump`: from the CUDA toolkit, from PATH,
+Fails if machine code for an expected architecture is missing. Needs `cuobjdump`: of the CUDA toolkit, on PATH,
 or from the PyPI package nvidia-cuda-cuobjdump.
 """
 
