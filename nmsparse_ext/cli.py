@@ -1,0 +1,207 @@
+"""The ``nmsparse`` command.
+
+Exit codes, for scripts: 0 it holds or worked; 1 a check failed; 2 wrong arguments or an unreadable file. Imports that
+take long stand inside the commands, so that ``nmsparse --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nmsparse_ext import NMTensor, Pattern
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+app = typer.Typer(
+    help="N:M sparsity for PyTorch: choose a pattern, train with it, pack it, run it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+FileArgument = Annotated[Path, typer.Argument(help="A safetensors file, dense or packed.", show_default=False)]
+
+
+def main() -> None:
+    """Entry point of the ``nmsparse`` command."""
+    app()
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Turn errors that the caller can mend into one line on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        typer.echo(f"nmsparse: {error}", err=True)
+        raise typer.Exit(EXIT_USAGE) from None
+
+
+# ----------------------------------------------------------------------------------------------------- demo
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report, picture, models and numbers.")] = Path("demo_out"),
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of every training run.")] = 20,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per method.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="PyTorch threads.", show_default="PyTorch's choice")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two epochs, one seed, a narrow network: does it run?")] = False,
+) -> None:
+    """Do the whole job on handwritten digits: train 2:4, check, pack, save, load, compare, report."""
+    with _usage_errors():
+        try:
+            from nmsparse_ext.recipes.demo import Settings, run_demo
+
+            if quick:
+                epochs, seeds = min(epochs, 2), 1
+            outcome = run_demo(Settings(out=out, epochs=epochs, seeds=seeds, seed=seed, threads=threads, quick=quick))
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{error}; the demo needs `pip install nmsparse_ext[demo]`") from None
+    if not outcome.ok:
+        typer.echo("nmsparse: a check failed, see the report", err=True)
+        raise typer.Exit(EXIT_FAILED)
+
+
+# ----------------------------------------------------------------------------------------------------- info
+
+
+@app.command()
+def info(as_json: JsonOption = False) -> None:
+    """Say what was compiled in, what runs on this machine, and why."""
+    import nmsparse_ext as nms
+
+    build = nms.build_info()
+    typer.echo(json.dumps(build.as_dict(), indent=1) if as_json else str(build))
+
+
+# --------------------------------------------------------------------------------------------------- verify
+
+
+@app.command()
+def verify(
+    file: FileArgument,
+    pattern: Annotated[str, typer.Argument(help="n:m, n kept of every m, for example 2:4.", show_default=False)],
+    only: Annotated[list[str] | None, typer.Option(help="Check only tensors of this name; globs allowed.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave out tensors of this name; globs allowed.")] = None,
+    dim: Annotated[int, typer.Option(help="Group dim of dense tensors: input features or channels.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Check that every weight in FILE holds PATTERN, group by group.
+
+    Looks at all tensors of two or more dims. Names the first offending group of each that does not hold.
+    """
+    import nmsparse_ext as nms
+
+    with _usage_errors():
+        parsed = nms.Pattern.parse(pattern)
+        tensors = nms.load_file(file)
+        rows = [
+            {"name": name, **_verify_one(tensor, parsed, dim)}
+            for name, tensor in tensors.items()
+            if tensor.dim() >= 2 and _chosen(name, only, skip)
+        ]
+        if not any(row["holds"] is not None for row in rows):
+            raise ValueError(f"{file}: no tensor to check against {parsed}")
+    failed = [row for row in rows if row["holds"] is False]
+    if as_json:
+        typer.echo(json.dumps({"file": str(file), "pattern": str(parsed), "tensors": rows, "holds": not failed}, indent=1))
+    else:
+        width = max(len(row["name"]) for row in rows)
+        for row in rows:
+            verdict = {True: "holds", False: "VIOLATES", None: "not checked"}[row["holds"]]
+            typer.echo(f"{row['name']:<{width}}  {verdict:<11}  {row['why']}".rstrip())
+        checked = sum(row["holds"] is not None for row in rows)
+        typer.echo(f"{checked - len(failed)} of {checked} checked tensors hold {parsed}")
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _chosen(name: str, only: list[str] | None, skip: list[str] | None) -> bool:
+    if only and not any(fnmatchcase(name, glob) for glob in only):
+        return False
+    return not any(fnmatchcase(name, glob) for glob in skip or [])
+
+
+def _verify_one(tensor: Tensor | NMTensor, pattern: Pattern, dim: int) -> dict[str, Any]:
+    """Whether one tensor holds the pattern (None: it cannot be checked), and why."""
+    import nmsparse_ext as nms
+
+    packed = isinstance(tensor, nms.NMTensor)
+    if packed and tensor.pattern == pattern:
+        return {"holds": True, "why": f"packed as {pattern}"}  # legal indices were checked when it was loaded
+    group_dim = tensor.group_dim if packed else dim
+    dense = tensor.to_dense() if packed else tensor
+    try:
+        violation = nms.find_violation(dense, pattern, dim=group_dim)
+    except (ValueError, TypeError) as error:
+        return {"holds": None, "why": str(error)}
+    if violation is None:
+        return {"holds": True, "why": ""}
+    at = ", ".join(map(str, violation.index))
+    return {
+        "holds": False,
+        "why": f"the group at [{at}] along dim {group_dim} has {violation.kept} nonzeros",
+        "group": list(violation.index),
+        "nonzeros": violation.kept,
+    }
+
+
+# -------------------------------------------------------------------------------------------------- inspect
+
+
+@app.command()
+def inspect(file: FileArgument, as_json: JsonOption = False) -> None:
+    """List what FILE holds: shapes, dtypes, bytes, and how sparse it is."""
+    import nmsparse_ext as nms
+
+    with _usage_errors():
+        rows = [{"name": name, **_describe(tensor)} for name, tensor in nms.load_file(file).items()]
+    total = sum(row["bytes"] for row in rows)
+    dense = sum(row["dense_bytes"] for row in rows)
+    if as_json:
+        typer.echo(json.dumps({"file": str(file), "tensors": rows, "bytes": total, "dense_bytes": dense}, indent=1))
+        return
+    width = max([len(row["name"]) for row in rows], default=0)
+    for row in rows:
+        shape = "x".join(map(str, row["shape"])) or "scalar"
+        if row["pattern"]:
+            form = f"packed {row['pattern']} along dim {row['group_dim']} ({row['encoding']})"
+        else:
+            form = "dense" if row["nonzero"] is None else f"dense, {row['nonzero']:.1%} nonzero"
+        typer.echo(f"{row['name']:<{width}}  {shape:>16}  {row['dtype']:<14} {row['bytes']:>12,} B  {form}")
+    typer.echo(f"{len(rows)} tensors, {total:,} bytes; {dense:,} if all were dense")
+
+
+def _describe(tensor: Tensor | NMTensor) -> dict[str, Any]:
+    import nmsparse_ext as nms
+
+    packed = isinstance(tensor, nms.NMTensor)
+    weight = not packed and tensor.dim() >= 2  # how sparse a bias is says nothing
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "bytes": tensor.nbytes,
+        "dense_bytes": tensor.numel() * tensor.element_size(),
+        "pattern": str(tensor.pattern) if packed else None,
+        "encoding": tensor.encoding if packed else None,
+        "group_dim": tensor.group_dim if packed else None,
+        "nonzero": tensor.count_nonzero().item() / max(1, tensor.numel()) if weight else None,
+    }
+
+
+if __name__ == "__main__":
+    main()
