@@ -13,14 +13,15 @@ from typing import BinaryIO
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Opens a new file for writing, which takes the place of ``path`` when the block ends without an error.
 
-    The bytes are on the disk before the name is: the file is synced, then renamed over ``path``, then the folder is
-    synced. A symbolic link stays one, and its target is replaced.
+    The bytes are on the disk before the name is: the file is synced, then renamed over ``path``, then the
+    folder is synced. A symbolic link stays one, and its target is replaced.
     """
     target = os.path.realpath(os.fspath(path))
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
     try:
-        # "x" and not the tempfile module: that one creates files that nobody else may read, whatever the umask says.
+        # "x" and not the tempfile module: that one creates files that nobody else may read, whatever the
+        # umask says.
         with open(temporary, "xb") as file:
             yield file
             file.flush()

@@ -1,157 +1,152 @@
 """Reads the scheme text that the code of the DominoSearch paper writes.
 
-Grammar: the first line is a Python dict literal, ``{'SparseConv0_3-64-(7, 7)': [16, 16], ..., 'Linear0_2048-1000':
-[4, 16]}``: type and running number, input and output channels, kernel; then ``[N, M]`` with N kept of every M. There
-are no layer names, so layers are matched by order and shape.
+Grammar: the first line is a Python dict literal, such as ``{'SparseConv0_3-64-(7, 7)': [16, 16],
+'Linear0_2048-1000': [4, 16]}``. A key is the layer's type, its number among those, input and output channels,
+and the kernel of a convolution; a value is ``[N, M]``, N kept of every M. Layers have no names, so they are
+matched by order and shape.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from .errors import FormatError
 from .pattern import Pattern
-from .registry import canonical_name, weights
 from .scheme import Scheme
+from .weights import weights
 
 _KEY = re.compile(
-    r"(?P<kind>SparseConv|Linear)(?P<number>\d{1,6})_(?P<cin>\d{1,9})-(?P<cout>\d{1,9})"
-    r"(?:-\((?P<kh>\d{1,6}), ?(?P<kw>\d{1,6})\))?"
+    r"SparseConv[0-9]{1,9}_([0-9]{1,9})-([0-9]{1,9})-\(([0-9]{1,9}), ?([0-9]{1,9})\)"
+    r"|Linear[0-9]{1,9}_([0-9]{1,9})-([0-9]{1,9})"
 )
 
-# Module names for the side branch of a residual block. That code's models register it after the block's main path,
-# others before it; where both hold layers of the same shape only the name tells them apart.
-_SIDE_BRANCHES = frozenset({"downsample", "shortcut", "identity", "skip", "residual", "projection"})
+# Names of the side branch of a residual block. The authors' models register it after the main path, others
+# before it; where both have a layer of the same shape, only the name tells which is which.
+_SIDE_BRANCHES = frozenset({"downsample", "shortcut", "conv_shortcut", "skip", "projection"})
 
-# How far a layer of a repeated shape may stand from its place in the scheme: one residual block.
+# How many layers one residual block has, with some reserve. A layer that would have to move further than this
+# is in another block, and the model is not the one that the scheme was made for.
 _WINDOW = 8
 
-_Shape = tuple[Any, ...]  # ("Linear", in, out) or ("SparseConv", in, out, kh, kw)
+_Shape = tuple[int, ...]  # (in, out, kernel height, kernel width), or (in, out) of a Linear
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    label: str  # scheme key or parameter name
+class _Layer:
+    name: str  # the scheme's key, or the model's parameter name
     shape: _Shape
-    position: int
-    pattern: Pattern | None = None
+    position: int  # among layers of its type
 
 
-def looks_like(content: Any) -> bool:
-    """Whether parsed content has the keys of a DominoSearch scheme."""
-    return (
-        isinstance(content, dict)
-        and bool(content)
-        and all(isinstance(key, str) and _KEY.fullmatch(key) for key in content)
+def parse(text: str) -> dict[str, Pattern]:
+    """Returns ``{layer key: pattern}``.
+
+    Raises:
+        FormatError: If ``text`` is not of this grammar.
+    """
+    lines = text.split("\n", 1)
+    try:
+        table = ast.literal_eval(lines[0].strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise FormatError("it is neither JSON nor a DominoSearch dict on the first line") from None
+    if not isinstance(table, dict) or not table:
+        raise FormatError("its first line must be a dict of layers, as DominoSearch writes it")
+    patterns = {}
+    for key, value in table.items():
+        if not (isinstance(key, str) and _KEY.fullmatch(key)):
+            raise FormatError(f"{key!r} is no layer as DominoSearch names them")
+        if not (isinstance(value, (list, tuple)) and len(value) == 2):
+            raise FormatError(f"{key!r} must have [N, M], got {value!r}")
+        try:
+            patterns[key] = Pattern(*value)
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"{key!r}: {error}") from None
+    return patterns
+
+
+def match(table: dict[str, Pattern], model: nn.Module) -> Scheme:
+    """Returns the scheme for ``model`` that ``table`` describes.
+
+    The k-th layer of a shape in the scheme is the k-th of that shape in the model, where a block's side
+    branch counts after its main path. Layers of other types are dense.
+
+    Raises:
+        ValueError: If the layers are not the same ones, or so far from their places that a layer of the right
+            shape is hardly the right layer. All of them are named.
+    """
+    present = _by_shape(_model_layers(model))
+    patterns: dict[str, Pattern] = {}
+    problems: list[str] = []
+    for shape, wanted in _by_shape(_table_layers(table)).items():
+        found = present.pop(shape, [])
+        if len(wanted) != len(found):
+            problems.append(f"of shape {shape} the scheme has {_names(wanted)}; the model {_names(found)}")
+            continue
+        # If all of them have the same pattern, it does not matter which is which.
+        matters = len({table[layer.name] for layer in wanted}) > 1
+        for want, have in zip(wanted, found, strict=True):
+            patterns[have.name] = table[want.name]
+            distance = abs(want.position - have.position)
+            if matters and distance > _WINDOW:
+                problems.append(f"{have.name}, the match of {want.name}, stands {distance} layers away")
+    problems += [f"the scheme has no {layer.name}" for layers in present.values() for layer in layers]
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    listed = weights(model)
+    other = "of a type that DominoSearch does not prune"
+    return Scheme(
+        {weight.name: patterns[weight.name] for weight in listed if weight.name in patterns},
+        dense={w.name: w.dense_because or other for w in listed if w.name not in patterns},
+        complete=True,
     )
 
 
-def read(content: str | Mapping[str, Any], model: nn.Module | None, *, source: str) -> Scheme:
-    """Returns the scheme for ``model`` that the text (or its parsed dict) describes.
-
-    Raises:
-        FormatError: If it is no such text.
-        ValueError: If ``model`` is ``None``, or its layers are not those of the scheme; all that do not match are named.
-    """
-    table = _parse(content, source) if isinstance(content, str) else content
-    if not looks_like(table):
-        raise FormatError(f"{source}: not a scheme: neither this library's JSON nor a DominoSearch dict of layers")
-    wanted = _scheme_entries(table, source)
-    if model is None:
-        raise ValueError(f"{source} is a DominoSearch scheme, which does not name its layers: give model= to match them")
-    present = _model_entries(model)
-    matched = _match(wanted, present, source)
-    patterns = {entry.label: matched[entry.label] for entry in sorted(present, key=lambda entry: entry.label)}
-    order = {weight.name: weight for weight in weights(model)}
-    dense = {name: str(weight.dense_because) for name, weight in order.items() if name not in patterns}
-    scheme = Scheme({name: patterns[name] for name in order if name in patterns}, dense=dense, complete=True)
-    scheme.resolve(model)
-    return scheme
+def _table_layers(table: dict[str, Pattern]) -> list[_Layer]:
+    layers = []
+    counts = {2: 0, 4: 0}
+    for key in table:
+        found = _KEY.fullmatch(key)
+        assert found is not None  # parse() has seen to it
+        shape = tuple(int(number) for number in found.groups() if number is not None)
+        layers.append(_Layer(key, shape, counts[len(shape)]))
+        counts[len(shape)] += 1
+    return layers
 
 
-def _parse(text: str, source: str) -> Any:
-    line = text.lstrip("\ufeff").split("\n", 1)[0].strip()
-    try:
-        return ast.literal_eval(line)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise FormatError(
-            f"{source}: not a scheme: neither JSON nor a DominoSearch dict literal on the first line"
-        ) from None
-
-
-def _scheme_entries(table: Mapping[str, Any], source: str) -> list[_Entry]:
-    entries = []
-    for position, (key, value) in enumerate(table.items()):
-        match = _KEY.fullmatch(key)
-        if match is None or (match["kind"] == "SparseConv") != (match["kh"] is not None):
-            raise FormatError(f"{source}: {key!r} is not a DominoSearch layer key")
-        if not (isinstance(value, (list, tuple)) and len(value) == 2):
-            raise FormatError(f"{source}: {key!r} must have [N, M], got {value!r}")
-        try:
-            pattern = Pattern(*value)
-        except (TypeError, ValueError) as error:
-            raise FormatError(f"{source}: {key!r}: {error}") from None
-        kernel = () if match["kh"] is None else (int(match["kh"]), int(match["kw"]))
-        shape = (match["kind"], int(match["cin"]), int(match["cout"]), *kernel)
-        entries.append(_Entry(key, shape, position, pattern))
-    return entries
-
-
-def _model_entries(model: nn.Module) -> list[_Entry]:
-    """The model's convolutions, then its linear layers, each in the order that the scheme's author counts them."""
+def _model_layers(model: nn.Module) -> list[_Layer]:
+    """The model's 2-D convolutions and linear layers, in the order in which the authors' models have them."""
     names = {(id(module), attr): weight.name for weight in weights(model) for module, attr in weight.places}
-    convs: dict[str, _Shape] = {}
-    linears: dict[str, _Shape] = {}
+    layers: dict[str, _Layer] = {}
+    counts = {2: 0, 4: 0}
 
-    def visit(module: nn.Module, path: str) -> None:
+    def visit(module: nn.Module) -> None:
         name = names.get((id(module), "weight"))
-        if name is not None and isinstance(module, nn.Conv2d):
-            convs[name] = ("SparseConv", module.in_channels, module.out_channels, *module.kernel_size)
-        elif name is not None and isinstance(module, nn.Linear):
-            linears[name] = ("Linear", module.in_features, module.out_features)
-        children = [(child_name, child) for child_name, child in module.named_children()]
-        # A stable sort: side branches last, everything else as registered.
-        for child_name, child in sorted(children, key=lambda item: item[0] in _SIDE_BRANCHES):
-            visit(child, f"{path}.{child_name}")
+        shape: _Shape = ()
+        if isinstance(module, nn.Conv2d):
+            shape = (module.in_channels, module.out_channels, *module.kernel_size)
+        elif isinstance(module, nn.Linear):
+            shape = (module.in_features, module.out_features)
+        if shape and name is not None and name not in layers:
+            layers[name] = _Layer(name, shape, counts[len(shape)])
+            counts[len(shape)] += 1
+        # The sort is stable: side branches go last, the others stay as they are.
+        for _, child in sorted(module.named_children(), key=lambda item: item[0] in _SIDE_BRANCHES):
+            visit(child)
 
-    visit(model, canonical_name(""))
-    found = [*convs.items(), *linears.items()]
-    return [_Entry(name, shape, position) for position, (name, shape) in enumerate(found)]
+    visit(model)
+    return list(layers.values())
 
 
-def _match(wanted: list[_Entry], present: list[_Entry], source: str) -> dict[str, Pattern]:
-    """Pairs the k-th layer of a shape in the scheme with the k-th of that shape in the model."""
-    queues: dict[_Shape, list[_Entry]] = defaultdict(list)
-    for entry in present:
-        queues[entry.shape].append(entry)
-    by_shape: dict[_Shape, list[_Entry]] = defaultdict(list)
-    for entry in wanted:
-        by_shape[entry.shape].append(entry)
+def _by_shape(layers: list[_Layer]) -> dict[_Shape, list[_Layer]]:
+    result: dict[_Shape, list[_Layer]] = {}
+    for layer in layers:
+        result.setdefault(layer.shape, []).append(layer)
+    return result
 
-    problems = []
-    matched: dict[str, Pattern] = {}
-    for shape, keys in by_shape.items():
-        layers = queues.pop(shape, [])
-        if len(keys) != len(layers):
-            have = ", ".join(layer.label for layer in layers) or "none"
-            problems.append(f"of shape {shape[1:]} the scheme has {', '.join(k.label for k in keys)}; the model {have}")
-            continue
-        ambiguous = len({key.pattern for key in keys}) > 1
-        for key, layer in zip(keys, layers):
-            if ambiguous and abs(key.position - layer.position) > _WINDOW:
-                problems.append(
-                    f"{key.label} would be {layer.label}, which stands {abs(key.position - layer.position)} layers away"
-                )
-            assert key.pattern is not None
-            matched[layer.label] = key.pattern
-    problems += [f"the scheme has no layer for {layer.label}" for layers in queues.values() for layer in layers]
-    if problems:
-        raise ValueError(f"{source} does not match the model:\n  " + "\n  ".join(problems))
-    return matched
+
+def _names(layers: list[_Layer]) -> str:
+    return ", ".join(layer.name for layer in layers) or "none"

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class FormatError(ValueError):
-    """A file that is not what it claims to be: wrong format, unknown version, damaged or contradicting content."""
+    """A file that is not what it claims to be: of another format, of an unknown version, or damaged."""

@@ -17,15 +17,16 @@ _TEXT = re.compile(r"\s*([0-9]{1,4})\s*:\s*([0-9]{1,4})\s*")
 class Pattern:
     """An N:M pattern: of every ``m`` consecutive weights along the group dim, ``n`` are kept.
 
-    Immutable, hashable, picklable; ordered by ``(n, m)``. Both fields are plain Python ints, so a pattern is a
-    constant to ``torch.compile``.
+    Immutable, hashable, picklable; ordered by ``(n, m)``. Both fields are plain Python ints, so a pattern is
+    a constant to ``torch.compile``.
 
     Args:
         n: How many weights of a group are kept, ``1 <= n <= m``. Never how many are pruned.
         m: The size of a group, ``1 <= m <= 64``.
 
     Raises:
-        TypeError: If ``n`` or ``m`` is no integer. ``bool`` is refused, as it is a slip more often than a number.
+        TypeError: If ``n`` or ``m`` is no integer. ``bool`` is refused, as it is a slip more often than a
+            number.
         ValueError: If ``n`` or ``m`` is out of range.
 
     Example:
@@ -94,7 +95,7 @@ class Pattern:
 
     @property
     def embeds_in_24(self) -> bool:
-        """Whether every weight with this pattern also satisfies 2:4, so that sparse tensor cores run it exactly."""
+        """Whether such a weight always satisfies 2:4 too, so that sparse tensor cores run it exactly."""
         return self.n <= 2 and self.m % 4 == 0
 
     @property
@@ -104,7 +105,7 @@ class Pattern:
 
     @property
     def encoding(self) -> str:
-        """How the packed form says which weights are kept: ``"index"`` where that is no longer than ``"bitmask"``."""
+        """How the packed form says what is kept: ``"index"`` if no longer than a ``"bitmask"``."""
         return "index" if self.n * self.index_bits <= self.m else "bitmask"
 
     @property
@@ -125,8 +126,8 @@ class Pattern:
             itemsize: Bytes of one value.
 
         Returns:
-            ``rows * (groups * n * itemsize + ceil(groups * bits_per_group / 8))``, where ``rows`` is the product of
-            the other dims.
+            ``rows * (groups * n * itemsize + ceil(groups * bits_per_group / 8))``, where ``rows`` is the
+            product of the other dims.
         """
         if not -len(shape) <= group_dim < len(shape):
             raise ValueError(f"group_dim must be a dim of shape {tuple(shape)}, got {group_dim}")
