@@ -14,10 +14,14 @@ PYTEST_ARGS ?=
 VENV := .venv
 VENV_CUDA := .venv-cuda
 BIN := $(VENV)/bin
-PIP_INSTALL = install --quiet --disable-pip-version-check $(PIP_ARGS)
+PIP_INSTALL = install -qq --disable-pip-version-check $(PIP_ARGS)
+# ninja prints whole command lines; the name of the file is enough to follow.
+SHORTEN := sed -E 's/^(\[[0-9]+\/[0-9]+\]) .* -c ([^ ]+) .*/\1 \2/'
 CSRC := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help demo test build lint format sanitize reference cuda-build gpu bench clean
@@ -36,7 +40,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py sources.py $(CSRC)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace | $(SHORTEN)
 	$(BIN)/python -c 'import nmsparse_ext; print(nmsparse_ext.build_info())'
 	@touch $@
 

@@ -13,8 +13,9 @@ export PATH="$PWD/$VENV/bin:$PATH"
 
 # A build folder of its own: the in-place CPU build keeps its objects, and this one stays incremental too.
 rm -rf build/cuda/dist build/cuda/lib*
-python setup.py --quiet build --build-base build/cuda bdist_wheel --dist-dir build/cuda/dist
-python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps build/cuda/dist/*.whl
+python setup.py --quiet build --build-base build/cuda bdist_wheel --dist-dir build/cuda/dist |
+    sed -E 's/^(\[[0-9]+\/[0-9]+\]) .* -c ([^ ]+) .*/\1 \2/'  # the name of the file instead of ninja's command line
+python -m pip install -qq --disable-pip-version-check --force-reinstall --no-deps build/cuda/dist/*.whl
 
 # From another folder, so that what is imported is the installed wheel and not the source tree.
 installed=$(cd / && python -c 'import nmsparse_ext._C; print(nmsparse_ext._C.__file__)')
