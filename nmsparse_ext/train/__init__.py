@@ -1,0 +1,11 @@
+"""N:M training: the Sparsifier, its update rules and schedules, and SAD."""
+
+from __future__ import annotations
+
+from .rules import Rule, SrSte, Static, Ste, Step
+from .sad import SadHistory
+from .schedule import Schedule
+from .sparsifier import Sparsifier
+from .weight import SparseWeight
+
+__all__ = ["Rule", "SadHistory", "Schedule", "SparseWeight", "Sparsifier", "SrSte", "Static", "Ste", "Step"]
