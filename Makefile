@@ -40,7 +40,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py sources.py $(CSRC)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace | $(SHORTEN)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -W ignore setup.py --quiet build_ext --inplace | $(SHORTEN)
 	$(BIN)/python -c 'import nmsparse_ext; print(nmsparse_ext.build_info())'
 	@touch $@
 

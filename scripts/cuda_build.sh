@@ -13,7 +13,9 @@ export PATH="$PWD/$VENV/bin:$PATH"
 
 # A build folder of its own: the in-place CPU build keeps its objects, and this one stays incremental too.
 rm -rf build/cuda/dist build/cuda/lib*
-python setup.py --quiet build --build-base build/cuda bdist_wheel --dist-dir build/cuda/dist |
+mkdir -p build/cuda
+printf '[build]\nbuild_base = build/cuda\n' >build/cuda/setup.cfg
+DIST_EXTRA_CONFIG=build/cuda/setup.cfg python -W ignore setup.py --quiet bdist_wheel --dist-dir build/cuda/dist |
     sed -E 's/^(\[[0-9]+\/[0-9]+\]) .* -c ([^ ]+) .*/\1 \2/'  # the name of the file instead of ninja's command line
 python -m pip install -qq --disable-pip-version-check --force-reinstall --no-deps build/cuda/dist/*.whl
 

@@ -27,7 +27,7 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 # One architecture, this machine's, is the quickest build.
 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
 export TORCH_CUDA_ARCH_LIST
-"$python" setup.py --quiet build_ext --inplace |
+"$python" -W ignore setup.py --quiet build_ext --inplace |
     sed -E 's/^(\[[0-9]+\/[0-9]+\]) .* -c ([^ ]+) .*/\1 \2/'  # the name of the file instead of ninja's command line
 "$python" -c 'import nmsparse_ext; print(nmsparse_ext.build_info())'
 "$python" -c 'import json, nmsparse_ext; print(json.dumps(nmsparse_ext.build_info().as_dict(), indent=1))' >"$out/build_info.json"
