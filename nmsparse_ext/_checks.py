@@ -143,7 +143,10 @@ def check_same_shape(a: Tensor, a_name: str, b: Tensor, b_name: str) -> None:
 def check_writable(tensor: Tensor, name: str) -> None:
     """Refuses a tensor several of whose elements share memory (an expanded one): it cannot be written to."""
     torch._check(
-        not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)),
+        tensor.numel() == 0  # an empty channels_last tensor has strides of 0 too
+        or not any(
+            stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ),
         lambda: (
             f"{name} is written to, but several of its elements share one memory location "
             f"(shape {list(tensor.shape)}, strides {tensor.stride()}); clone it first"

@@ -88,7 +88,10 @@ def _check_same_shape(name: str, tensor: Tensor, w_name: str, w: Tensor) -> None
 
 
 def _check_writable(name: str, tensor: Tensor) -> None:
-    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+    # An empty channels_last tensor has strides of 0 too.
+    if tensor.numel() > 0 and any(
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
         raise ValueError(
             f"{name} is written to, but several of its elements share one memory location "
             f"(shape {list(tensor.shape)}, strides {list(tensor.stride())}); pass a clone"

@@ -1,0 +1,57 @@
+"""What every test can ask for: a device, an engine, and that no test changes another one's random numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+from engines import COMPILED_ENGINES, Engine, use_engine
+
+# The engine fixture is set up once a test, not once an example, and is meant to be.
+hypothesis.settings.register_profile(
+    "nmsparse",
+    deadline=None,
+    max_examples=100,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("nmsparse")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what needs a GPU where there is none, but fails where there was meant to be one."""
+    if item.get_closest_marker("needs_cuda") is None or torch.cuda.is_available():
+        return
+    if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
+        pytest.fail("FAIL_WITHOUT_CUDA=1, but torch sees no CUDA device")
+    pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture(autouse=True)
+def _own_random_numbers() -> Iterator[None]:
+    """Every test starts from the same seed and leaves the generator as it found it."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    yield
+    torch.random.set_rng_state(state)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device that the ops have kernels for."""
+    return request.param
+
+
+@pytest.fixture(params=["reference", *COMPILED_ENGINES])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Every engine of this host in turn; the public functions run on it too."""
+    yield from use_engine(request.param, monkeypatch)
+
+
+@pytest.fixture(params=COMPILED_ENGINES)
+def compiled_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Every engine but the reference, to be compared with it. Without a compiled module there is none."""
+    yield from use_engine(request.param, monkeypatch)
