@@ -58,7 +58,7 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of every training run.")] = 20,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per method.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="PyTorch threads.", show_default="PyTorch's choice")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="PyTorch threads.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Two epochs, one seed, a narrow network: does it run?")] = False,
 ) -> None:
     """Do the whole job on handwritten digits: train 2:4, check, pack, save, load, compare, report."""

@@ -79,9 +79,8 @@ def methods_of(result: Result) -> list[str]:
 
 
 def tail_sad(run: dict) -> float:
-    """Mean SAD per step over the last tenth of a run, as a share of the weights under the pattern."""
-    tail = run["sad"][-max(1, len(run["sad"]) // 10) :]
-    return statistics.fmean(tail) / run["prunable"]
+    """Mean SAD per step over the last tenth of a run: a number of weights."""
+    return statistics.fmean(run["sad"][-max(1, len(run["sad"]) // 10) :])
 
 
 def method_rows(result: Result) -> list[dict]:
@@ -109,8 +108,8 @@ def method_rows(result: Result) -> list[dict]:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """0.984 -> "98.4 %"."""
-    return f"{100 * share:.{digits}f} %"
+    """0.984 -> "98.4 %", with a space that no line breaks at."""
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def byte_size(count: float) -> str:

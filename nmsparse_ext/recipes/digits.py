@@ -190,17 +190,29 @@ class TrainResult:
 
 
 class MaskWatch:
-    """SAD of the mask one would read off a model's weights, for a model that is not being pruned.
+    """SAD of the mask one would read off a model's weights, for a model that is trained dense.
 
     Args:
         weights: Name -> weight.
         scheme: Name -> pattern, for the weights to watch.
+        optimizer: The masks are compared after each of its steps.
     """
 
-    def __init__(self, weights: dict[str, Tensor], scheme: nms.Scheme) -> None:
+    def __init__(self, weights: dict[str, Tensor], scheme: nms.Scheme, optimizer: torch.optim.Optimizer) -> None:
         self._weights = weights
         self._scheme = scheme
         self._bits = self._read()
+        self._total: list[int] = []
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._compare())
+
+    @property
+    def total(self) -> list[int]:
+        """Weights whose state changed, per step."""
+        return self._total
+
+    def detach(self) -> None:
+        """Stop watching."""
+        self._hook.remove()
 
     def _read(self) -> dict[str, Tensor]:
         return {
@@ -208,10 +220,9 @@ class MaskWatch:
             for name, pattern in self._scheme.items()
         }
 
-    def sad(self) -> dict[str, int]:
-        """Name -> number of weights whose state changed since the previous call."""
+    def _compare(self) -> None:
         before, self._bits = self._bits, self._read()
-        return {name: nms.sad(before[name], bits) for name, bits in self._bits.items()}
+        self._total.append(sum(nms.sad(before[name], bits) for name, bits in self._bits.items()))
 
 
 def train_digits(
@@ -242,7 +253,7 @@ def train_digits(
         weight_decay: Weight decay of SGD.
         lambda_w: SR-STE's lambda; the other methods take no notice of it.
         width: Channels of the first block.
-        on_epoch: Called with the result so far after every epoch.
+        on_epoch: Called with the result so far, all but its SAD, after every epoch.
 
     Returns:
         The run's curves and the trained model.
@@ -267,12 +278,13 @@ def train_digits(
     prunable = sum(weights[name].numel() for name in scheme)
     result = TrainResult(method, str(nms.Pattern.parse(pattern)), seed, lambda_w, prunable)
 
-    # The one line that makes the model sparse; the loop below does not know about it.
-    watch: MaskWatch | nms.Sparsifier
+    watch: MaskWatch | None = None
+    sparsifier: nms.Sparsifier | None = None
     if method == "dense":
-        watch = MaskWatch(weights, scheme)
+        watch = MaskWatch(weights, scheme, optimizer)
     else:
-        watch = nms.Sparsifier(model, optimizer, scheme, method=method, lambda_w=lambda_w)
+        # The one line that makes the model sparse; the loop below is an ordinary one.
+        sparsifier = nms.Sparsifier(model, optimizer, scheme, method=method, lambda_w=lambda_w)
 
     wall, cpu = time.perf_counter(), time.process_time()
     generator = torch.Generator().manual_seed(seed)
@@ -285,15 +297,18 @@ def train_digits(
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-            result.sad.append(sum(watch.sad().values()))
         result.loss.append(sum(losses) / len(losses))
         result.accuracy.append(accuracy(model, split.test_x, split.test_y))
         result.seconds, result.cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
         if on_epoch is not None:
             on_epoch(result)
 
-    if isinstance(watch, nms.Sparsifier):
-        watch.finalize()  # the hooks go; the model keeps its sparse weights
+    if sparsifier is not None:
+        result.sad = sparsifier.history.total
+        sparsifier.finalize()  # the hooks go; the model keeps its sparse weights
+    elif watch is not None:
+        result.sad = watch.total
+        watch.detach()
     result.model = model.eval()
     return result
 

@@ -69,11 +69,10 @@ def _summary(name: str, values: list[float]) -> Timing:
 
 
 @contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Run the block with `count` PyTorch threads (None: as it is), then put the old number back."""
+def threads(count: int) -> Iterator[None]:
+    """Run the block with `count` PyTorch threads, then put the old number back."""
     before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
