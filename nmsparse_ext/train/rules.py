@@ -68,6 +68,9 @@ class Rule:
         """Whether `adjust_grad` does anything; if not, the gradient needs no copy."""
         return type(self).adjust_grad is not Rule.adjust_grad
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuses a parameter group of the optimizer that the rule cannot work with, by a ``ValueError``."""
+
     def adjust_dense(self, weight: SparseWeight, step: Step) -> None:
         """Changes ``weight.dense`` in place, right before the optimizer's step; only if the weight has a gradient."""
 
@@ -132,6 +135,11 @@ class SrSte(Rule):
     def edits_grad(self) -> bool:
         """Whether the term goes into the gradient."""
         return self.penalty == "gradient" and self.lambda_w != 0
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """The decoupled penalty follows the learning rate."""
+        if self.penalty == "decoupled" and "lr" not in group:
+            raise ValueError('penalty="decoupled" needs a learning rate, but a parameter group has no "lr"')
 
     def adjust_grad(self, weight: SparseWeight, grad: Tensor, step: Step) -> None:
         """Adds ``lambda_w * (1 - E) * W``."""

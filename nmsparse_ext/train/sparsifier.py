@@ -108,6 +108,7 @@ class Sparsifier:
         step = max((int(group.get(STEP_KEY, 0)) for group in optimizer.param_groups), default=0)
         self._log = SadLog(list(self._weights), self._devices(), step, self._sum_over_ranks)
         self._remembered: dict[int, dict[str, Tensor]] = {}
+        self._find_members()
         self._first_masks()
         self.remember()
         self._attach()
@@ -380,6 +381,8 @@ class Sparsifier:
         census = [len(group["params"]) for group in groups]
         if census == self._census:
             return
+        for group in groups:
+            self._rule.check_group(group)
         group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
         self._members = [
             (weight, group_of[id(weight.parameter)])
