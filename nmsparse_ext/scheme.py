@@ -219,11 +219,10 @@ class Scheme(Mapping[str, Pattern]):
         chosen: dict[str, tuple[str, Pattern]] = {}
         problems: list[str] = []
         for key, pattern in self.items():
-            known = _key(by_name, key)
-            if known is None:
+            weight = by_name.get(key) or by_name.get(_weight_of(key))
+            if weight is None:
                 problems.append(unknown_name(key, model))
                 continue
-            weight = by_name[known]
             if (misfit := weight.misfit(pattern)) is not None:
                 problems.append(f"{key} cannot be {pattern}: {misfit}")
             other, first = chosen.setdefault(weight.name, (key, pattern))
@@ -231,10 +230,10 @@ class Scheme(Mapping[str, Pattern]):
                 problems.append(f"{other} ({first}) and {key} ({pattern}) are one tied weight")
         left = set()
         for key in self._dense:
-            if (known := _key(by_name, key)) is None:
+            if (weight := by_name.get(key) or by_name.get(_weight_of(key))) is None:
                 problems.append(unknown_name(key, model))
             else:
-                left.add(by_name[known].name)
+                left.add(weight.name)
         if self._complete if strict is None else strict:
             missing = [w.name for w in listed if w.dense_because is None and w.name not in left | set(chosen)]
             if missing:
@@ -287,10 +286,14 @@ def as_scheme(scheme: Scheme | Mapping[str, Pattern | str] | Pattern | str, mode
     raise TypeError(f"scheme must be a Scheme, a mapping of names to patterns, or a pattern, got {scheme!r}")
 
 
+def _weight_of(module: str) -> str:
+    return f"{module}.weight" if module else "weight"
+
+
 def _key(table: Mapping[str, object], name: str) -> str | None:
     """Returns the key under which ``name`` stands: itself, or the other one of a module and its weight."""
     module, _, attr = name.rpartition(".")
-    other = module if attr == "weight" else f"{name}.weight" if name else "weight"
+    other = module if attr == "weight" else _weight_of(name)
     return next((key for key in (name, other) if key in table), None)
 
 
