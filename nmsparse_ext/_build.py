@@ -6,8 +6,10 @@ Importing this module is what decides between compiled kernels and pure PyTorch;
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import platform
+import warnings
 from types import ModuleType
 
 import torch
@@ -21,10 +23,15 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, "NMSPARSE_REFERENCE is set"
     try:
         # torch is imported above: its libraries have to be loaded before ours can find them.
-        from nmsparse_ext import _C  # type: ignore[attr-defined]
+        return importlib.import_module("nmsparse_ext._C"), ""
+    except ModuleNotFoundError as error:
+        return None, f"the extension was not built: {error}"
     except ImportError as error:
-        return None, f"nmsparse_ext._C cannot be imported: {error}"
-    return _C, ""
+        reason = f"the extension was built but cannot be loaded: {error}"
+        warnings.warn(
+            f"nmsparse_ext runs in pure PyTorch, which is slow: {reason}", RuntimeWarning, stacklevel=2
+        )
+        return None, reason
 
 
 #: The module `nmsparse_ext._C`, or None in reference mode.

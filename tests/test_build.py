@@ -123,14 +123,25 @@ def test_reference_mode_is_chosen_by_the_environment() -> None:
     ]
 
 
-def test_reference_mode_names_the_import_error() -> None:
+def test_reference_mode_says_that_nothing_was_built() -> None:
     output = run_python(
         "import sys; sys.modules['nmsparse_ext._C'] = None;"  # makes importing it fail
-        "import warnings; warnings.simplefilter('ignore');"
         "import nmsparse_ext as nms; info = nms.build_info();"
         "print(info.reference, info.reference_reason)"
     )
-    assert output.startswith("True nmsparse_ext._C cannot be imported: ")
+    assert output.startswith("True the extension was not built: ")
+
+
+def test_a_binary_that_cannot_be_loaded_is_named_and_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise ImportError(f"{name}: undefined symbol: xyz")
+
+    monkeypatch.delenv("NMSPARSE_REFERENCE", raising=False)
+    monkeypatch.setattr(_build.importlib, "import_module", fail)
+    with pytest.warns(RuntimeWarning, match=r"pure PyTorch.*undefined symbol: xyz"):
+        extension, reason = _build._load()
+    assert extension is None
+    assert reason == "the extension was built but cannot be loaded: nmsparse_ext._C: undefined symbol: xyz"
 
 
 # ---- CPU instruction sets ----
@@ -153,8 +164,12 @@ def test_torchs_own_switch_is_honoured(capability: str, isa: str) -> None:
     supported = nms.build_info().cpu_isas
     expected = isa if isa in supported else supported[-1]
     assert run_python(code, ATEN_CPU_CAPABILITY=capability) == expected
-    # Ours wins over torch's.
-    assert run_python(code, ATEN_CPU_CAPABILITY=capability, NMSPARSE_CPU_ISA="scalar") == "scalar"
+
+
+@needs_extension
+def test_our_own_switch_wins_over_torchs() -> None:
+    code = "import nmsparse_ext as nms; print(nms.build_info().cpu_isa)"
+    assert run_python(code, ATEN_CPU_CAPABILITY="avx512", NMSPARSE_CPU_ISA="scalar") == "scalar"
 
 
 @needs_extension
