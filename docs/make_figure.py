@@ -1,7 +1,7 @@
 """Draws the README's figure from a stored result of the demo.
 
-    python docs/make_figure.py                              # docs/demo_result.json -> docs/images/demo.png
-    python docs/make_figure.py demo_out/result.json         # store that result first, then draw it
+python docs/make_figure.py                              # docs/demo_result.json -> docs/images/demo.png
+python docs/make_figure.py demo_out/result.json         # store that result first, then draw it
 """
 
 from __future__ import annotations

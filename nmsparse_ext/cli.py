@@ -1,7 +1,7 @@
 """The ``nmsparse`` command.
 
-Exit codes, for scripts: 0 it holds or worked; 1 a check failed; 2 wrong arguments or an unreadable file. Imports that
-take long stand inside the commands, so that ``nmsparse --help`` answers at once.
+Exit codes, for scripts: 0 it holds or worked; 1 a check failed; 2 wrong arguments or an unreadable file.
+Imports that take long stand inside the commands, so that ``nmsparse --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nmsparse_ext import NMTensor, Pattern
+    from nmsparse_ext import Pattern
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -31,7 +31,9 @@ app = typer.Typer(
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-FileArgument = Annotated[Path, typer.Argument(help="A safetensors file, dense or packed.", show_default=False)]
+FileArgument = Annotated[
+    Path, typer.Argument(help="A safetensors file, dense or packed.", show_default=False)
+]
 
 
 def main() -> None:
@@ -54,12 +56,16 @@ def _usage_errors() -> Iterator[None]:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for report, picture, models and numbers.")] = Path("demo_out"),
+    out: Annotated[Path, typer.Option(help="Folder for report, picture, models and numbers.")] = Path(
+        "demo_out"
+    ),
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of every training run.")] = 20,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per method.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="PyTorch threads.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="Two epochs, one seed, a narrow network: does it run?")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two epochs, one seed, a narrow network: does it run?")
+    ] = False,
 ) -> None:
     """Do the whole job on handwritten digits: train 2:4, check, pack, save, load, compare, report."""
     with _usage_errors():
@@ -68,7 +74,9 @@ def demo(
 
             if quick:
                 epochs, seeds = min(epochs, 2), 1
-            outcome = run_demo(Settings(out=out, epochs=epochs, seeds=seeds, seed=seed, threads=threads, quick=quick))
+            outcome = run_demo(
+                Settings(out=out, epochs=epochs, seeds=seeds, seed=seed, threads=threads, quick=quick)
+            )
         except ModuleNotFoundError as error:
             raise ValueError(f"{error}; the demo needs `pip install nmsparse_ext[demo]`") from None
     if not outcome.ok:
@@ -94,9 +102,15 @@ def info(as_json: JsonOption = False) -> None:
 @app.command()
 def verify(
     file: FileArgument,
-    pattern: Annotated[str, typer.Argument(help="n:m, n kept of every m, for example 2:4.", show_default=False)],
-    only: Annotated[list[str] | None, typer.Option(help="Check only tensors of this name; globs allowed.")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="Leave out tensors of this name; globs allowed.")] = None,
+    pattern: Annotated[
+        str, typer.Argument(help="n:m, n kept of every m, for example 2:4.", show_default=False)
+    ],
+    only: Annotated[
+        list[str] | None, typer.Option(help="Check only tensors of this name; globs allowed.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Leave out tensors of this name; globs allowed.")
+    ] = None,
     dim: Annotated[int, typer.Option(help="Group dim of dense tensors: input features or channels.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
@@ -118,7 +132,11 @@ def verify(
             raise ValueError(f"{file}: no tensor to check against {parsed}")
     failed = [row for row in rows if row["holds"] is False]
     if as_json:
-        typer.echo(json.dumps({"file": str(file), "pattern": str(parsed), "tensors": rows, "holds": not failed}, indent=1))
+        typer.echo(
+            json.dumps(
+                {"file": str(file), "pattern": str(parsed), "tensors": rows, "holds": not failed}, indent=1
+            )
+        )
     else:
         width = max(len(row["name"]) for row in rows)
         for row in rows:
@@ -136,17 +154,20 @@ def _chosen(name: str, only: list[str] | None, skip: list[str] | None) -> bool:
     return not any(fnmatchcase(name, glob) for glob in skip or [])
 
 
-def _verify_one(tensor: Tensor | NMTensor, pattern: Pattern, dim: int) -> dict[str, Any]:
+def _verify_one(tensor: Tensor, pattern: Pattern, dim: int) -> dict[str, Any]:
     """Whether one tensor holds the pattern (None: it cannot be checked), and why."""
     import nmsparse_ext as nms
 
-    packed = isinstance(tensor, nms.NMTensor)
-    if packed and tensor.pattern == pattern:
-        return {"holds": True, "why": f"packed as {pattern}"}  # legal indices were checked when it was loaded
-    group_dim = tensor.group_dim if packed else dim
-    dense = tensor.to_dense() if packed else tensor
+    if isinstance(tensor, nms.NMTensor):
+        if tensor.pattern == pattern:
+            return {
+                "holds": True,
+                "why": f"packed as {pattern}",
+            }  # its indices were checked when it was loaded
+        dim = tensor.group_dim
+        tensor = tensor.to_dense()
     try:
-        violation = nms.find_violation(dense, pattern, dim=group_dim)
+        violation = nms.find_violation(tensor, pattern, dim=dim)
     except (ValueError, TypeError) as error:
         return {"holds": None, "why": str(error)}
     if violation is None:
@@ -154,7 +175,7 @@ def _verify_one(tensor: Tensor | NMTensor, pattern: Pattern, dim: int) -> dict[s
     at = ", ".join(map(str, violation.index))
     return {
         "holds": False,
-        "why": f"the group at [{at}] along dim {group_dim} has {violation.kept} nonzeros",
+        "why": f"the group at [{at}] along dim {dim} has {violation.kept} nonzeros",
         "group": list(violation.index),
         "nonzeros": violation.kept,
     }
@@ -173,7 +194,9 @@ def inspect(file: FileArgument, as_json: JsonOption = False) -> None:
     total = sum(row["bytes"] for row in rows)
     dense = sum(row["dense_bytes"] for row in rows)
     if as_json:
-        typer.echo(json.dumps({"file": str(file), "tensors": rows, "bytes": total, "dense_bytes": dense}, indent=1))
+        typer.echo(
+            json.dumps({"file": str(file), "tensors": rows, "bytes": total, "dense_bytes": dense}, indent=1)
+        )
         return
     width = max([len(row["name"]) for row in rows], default=0)
     for row in rows:
@@ -186,21 +209,24 @@ def inspect(file: FileArgument, as_json: JsonOption = False) -> None:
     typer.echo(f"{len(rows)} tensors, {total:,} bytes; {dense:,} if all were dense")
 
 
-def _describe(tensor: Tensor | NMTensor) -> dict[str, Any]:
+def _describe(tensor: Tensor) -> dict[str, Any]:
     import nmsparse_ext as nms
 
-    packed = isinstance(tensor, nms.NMTensor)
-    weight = not packed and tensor.dim() >= 2  # how sparse a bias is says nothing
-    return {
+    row: dict[str, Any] = {
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "bytes": tensor.nbytes,
         "dense_bytes": tensor.numel() * tensor.element_size(),
-        "pattern": str(tensor.pattern) if packed else None,
-        "encoding": tensor.encoding if packed else None,
-        "group_dim": tensor.group_dim if packed else None,
-        "nonzero": tensor.count_nonzero().item() / max(1, tensor.numel()) if weight else None,
+        "pattern": None,
+        "encoding": None,
+        "group_dim": None,
+        "nonzero": None,
     }
+    if isinstance(tensor, nms.NMTensor):
+        row |= {"pattern": str(tensor.pattern), "encoding": tensor.encoding, "group_dim": tensor.group_dim}
+    elif tensor.dim() >= 2:  # how sparse a bias is says nothing
+        row["nonzero"] = tensor.count_nonzero().item() / max(1, tensor.numel())
+    return row
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Pictures and an HTML page from the result of ``nmsparse demo``.
 
 Everything here works on the plain dictionary that the demo writes to ``result.json`` (see
-:class:`nmsparse_ext.recipes.demo.DemoResult`), so a page can be made again from the file. The page holds its figures
-as inline SVG and refers to nothing outside itself.
+:func:`nmsparse_ext.recipes.demo.run_demo`), so a page can be made again from the file. The page holds its
+figures as inline SVG and refers to nothing outside itself.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,11 @@ LABELS = {"dense": "dense", "ste": "2:4, STE", "sr-ste": "2:4, SR-STE"}
 # Readable on white and on near-black, and told apart by the colour-blind (grey, vermilion, bluish green).
 COLOURS = {"dense": "#7c8798", "ste": "#e0662b", "sr-ste": "#0d9a7e"}
 PACKED, DENSE = "#0d9a7e", "#7c8798"
-# Text and grid of the inline SVGs follow the page's light or dark theme: these two colours are replaced by CSS.
+# Text and grid of the inline SVGs follow the page's light or dark theme: these two colours are replaced by
+# CSS.
 INK, GRID = "#1f2a37", "#d9dee6"
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "font.family": "DejaVu Sans",
     "axes.titlesize": 12.5,
@@ -148,11 +150,11 @@ def _factor(ratio: float) -> str:
 # ------------------------------------------------------------------------------------------------- figures
 
 
-def _figure(width: float, height: float, **layout: Any) -> Figure:
+def _figure(width: float, height: float) -> Figure:
     # Not pyplot: that keeps global state and looks for a screen.
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained", **layout)
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
@@ -187,7 +189,7 @@ def draw_accuracy(axes: Axes, result: Result) -> None:
 
 
 def draw_sad(axes: Axes, result: Result) -> None:
-    """SAD over optimizer steps as a share of all weights under the pattern: every step faint, running mean on top."""
+    """SAD over optimizer steps, as a share of the weights: every step faint, running mean on top."""
     prunable = result["runs"][0]["prunable"]
     for method in methods_of(result):
         flips = zip(*(run["sad"] for run in runs_of(result, method)), strict=True)
@@ -221,10 +223,14 @@ def _bars(
     if spans is not None:
         below = [value - low for value, (low, _) in zip(values, spans, strict=True)]
         above = [high - value for value, (_, high) in zip(values, spans, strict=True)]
-        axes.errorbar(values, positions, xerr=[below, above], fmt="none", ecolor=INK, elinewidth=1.2, capsize=2.5)
+        axes.errorbar(
+            values, positions, xerr=[below, above], fmt="none", ecolor=INK, elinewidth=1.2, capsize=2.5
+        )
         ends = [high for _, high in spans]
     for position, end, name, text in zip(positions, ends, names, texts, strict=True):
-        axes.annotate(text, (end, position), xytext=(7, 0), textcoords="offset points", va="center", weight="bold")
+        axes.annotate(
+            text, (end, position), xytext=(7, 0), textcoords="offset points", va="center", weight="bold"
+        )
         axes.annotate(name, (0, position + 0.25), xytext=(1, 2), textcoords="offset points", va="bottom")
     axes.set_yticks([])
     axes.set_ylim(-len(names) + 0.62, 0.72)
@@ -280,7 +286,7 @@ def overview(result: Result) -> Figure:
     draw_sad(grid[0][1], result)
     draw_bytes(grid[1][0], result)
     draw_timing(grid[1][1], result["selection"])
-    figure.get_layout_engine().set(w_pad=0.2, h_pad=0.16, wspace=0.03, rect=(0, 0.045, 1, 0.955))
+    figure.set_layout_engine("constrained", w_pad=0.2, h_pad=0.16, wspace=0.03, rect=(0, 0.045, 1, 0.955))
     seeds = len(settings["seeds"])
     figure.text(
         0.017,
@@ -311,7 +317,8 @@ def _svg(draw: Callable[[Axes], None], name: str, width: float, height: float) -
     """Draw one figure as inline SVG that takes its text and grid colours from the page."""
     import matplotlib
 
-    # hashsalt: ids inside the SVG, which must differ between the figures of a page and not change between runs.
+    # hashsalt: ids inside the SVG, which must differ between the figures of a page and not change between
+    # runs.
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = _figure(width, height)
         draw(figure.subplots())
@@ -337,7 +344,7 @@ def figures(result: Result) -> dict[str, str]:
         "selection": _svg(lambda axes: draw_timing(axes, result["selection"]), "selection", 6.4, 3.5),
     }
     for i, group in enumerate(result["forward"]):
-        drawn[f"forward{i}"] = _svg(lambda axes, group=group: draw_timing(axes, group), f"forward{i}", 6.4, 2.5)
+        drawn[f"forward{i}"] = _svg(partial(draw_timing, group=group), f"forward{i}", 6.4, 2.5)
     return drawn
 
 
@@ -346,7 +353,9 @@ def render_html(result: Result) -> str:
     import jinja2
 
     source = resources.files("nmsparse_ext").joinpath("report_template.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     environment.filters.update(
         percent=percent, byte_size=byte_size, duration=duration, count=lambda value: f"{value:,}"
     )
@@ -359,7 +368,9 @@ def render_html(result: Result) -> str:
         rows=rows,
         by_method={row["method"]: row for row in rows},
         all_hold=all(layer["violation"] is None for layer in result["layers"]),
-        slower=[g for g in result["forward"] if any(_is_slower(g["entries"][0], e) for e in g["entries"][1:])],
+        slower=[
+            g for g in result["forward"] if any(_is_slower(g["entries"][0], e) for e in g["entries"][1:])
+        ],
     )
 
 

@@ -23,7 +23,7 @@ def run(*args) -> tuple[int, str, str]:
 
 @pytest.fixture
 def dense_file(tmp_path):
-    """One weight that holds 2:4, one that violates it in a known group, one that no group of 4 fits, one bias."""
+    """A weight that holds 2:4, one that violates it in a known group, one that no group of 4 fits, a bias."""
     good = nms.nm_prune(torch.randn(4, 8), "2:4")
     bad = good.clone()
     bad[2, 4:8] = torch.tensor([1.0, 2.0, 0.0, 3.0])

@@ -1,7 +1,7 @@
 """The whole job once: train dense and 2:4, check, pack, save, load back, run, compare, and report.
 
-``nmsparse demo`` calls :func:`run_demo`. Each step is one function below, in the order they run; each returns a plain
-dictionary that ends up in ``result.json``, from which :mod:`nmsparse_ext.report` draws.
+``nmsparse demo`` calls :func:`run_demo`. Each step is one function below, in the order they run; each returns
+a plain dictionary that ends up in ``result.json``, from which :mod:`nmsparse_ext.report` draws.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,16 @@ from nmsparse_ext import report
 from nmsparse_ext.recipes import digits
 from nmsparse_ext.recipes.timing import alternate, machine, threads
 
-# How far packed outputs may be from dense ones, relative to the largest output: room for another order of summation
-# in float32, none for a wrong weight.
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# How far packed outputs may be from dense ones, relative to the largest output: room for another order of
+# summation in float32, none for a wrong weight.
 TOLERANCE = 1e-4
 
 STATISTICS_NOTE = (
-    "Mean and sample standard deviation over the seeds. This is a demonstration, not a comparison of methods: saying "
-    "that one beats another takes at least five seeds and a paired test over the same splits."
+    "Mean and sample standard deviation over the seeds. This is a demonstration, not a comparison of "
+    "methods: saying that one beats another takes at least five seeds and a paired test over the same splits."
 )
 
 
@@ -43,8 +47,8 @@ class Settings:
         epochs: Epochs of every training run.
         seeds: How many seeds each method is trained with.
         seed: The first seed; the others follow it.
-        threads: PyTorch threads. The network is so small that more than one gain little, and lose much on a machine
-            that is doing something else.
+        threads: PyTorch threads. The network is so small that more than one gain little, and lose much on a
+            machine that is doing something else.
         quick: A narrower network and few timing rounds: shows that everything runs, in seconds.
     """
 
@@ -84,12 +88,13 @@ class Outcome:
     ok: bool
 
 
-def run_demo(settings: Settings | None = None, console: Any = None) -> Outcome:
+def run_demo(settings: Settings | None = None, console: Console | None = None) -> Outcome:
     """Run the whole job and write the report.
 
     Args:
         settings: Default: three seeds, 20 epochs.
-        console: A ``rich.console.Console``; progress bars appear only where it is a terminal. Default: standard output.
+        console: A ``rich.console.Console``; progress bars appear only where it is a terminal. Default:
+            standard output.
 
     Returns:
         The numbers, the paths and whether all checks held.
@@ -150,7 +155,7 @@ def run_demo(settings: Settings | None = None, console: Any = None) -> Outcome:
 # ------------------------------------------------------------------------------------------------ the steps
 
 
-def train_all(settings: Settings, step: Any) -> list[digits.TrainResult]:
+def train_all(settings: Settings, step: Callable[[str], None]) -> list[digits.TrainResult]:
     """Train every method with every seed; the runs of one seed share their split, weights and image order."""
     runs = []
     for method in digits.METHODS:
@@ -163,10 +168,14 @@ def train_all(settings: Settings, step: Any) -> list[digits.TrainResult]:
                     seed,
                     settings.epochs,
                     width=settings.width,
-                    on_epoch=lambda run, label=label: step(f"{label}: {run.accuracy[-1]:.1%}"),
+                    on_epoch=_showing(step, label),
                 )
             )
     return runs
+
+
+def _showing(step: Callable[[str], None], label: str) -> Callable[[digits.TrainResult], None]:
+    return lambda run: step(f"{label}: {run.accuracy[-1]:.1%}")
 
 
 def prune_afterwards(runs: list[digits.TrainResult], settings: Settings) -> dict:
@@ -176,7 +185,8 @@ def prune_afterwards(runs: list[digits.TrainResult], settings: Settings) -> dict
         if run.method == "dense" and run.model is not None:
             model = copy.deepcopy(run.model)
             weights = dict(model.named_parameters())
-            for name, pattern in nms.Scheme.uniform(model, settings.pattern, skip=digits.DENSE_LAYERS).items():
+            scheme = nms.Scheme.uniform(model, settings.pattern, skip=digits.DENSE_LAYERS)
+            for name, pattern in scheme.items():
                 nms.nm_prune_(weights[name].data, pattern, dim=1)
             split = digits.load_split(run.seed)
             scores.append(digits.accuracy(model, split.test_x, split.test_y))
@@ -198,7 +208,7 @@ def check_layers(model: nn.Module, scheme: nms.Scheme) -> list[dict]:
                 "pattern": str(pattern),
                 "weights": weight.numel(),
                 "nonzero": int(weight.count_nonzero()),
-                "violation": None if violation is None else {"at": list(violation.index), "kept": violation.kept},
+                "violation": violation and {"at": list(violation.index), "kept": violation.kept},
             }
         )
     return rows
@@ -219,8 +229,9 @@ def pack_and_reload(
     packed = nms.convert(copy.deepcopy(model), scheme, policy="always")
     nms.save_file(packed, files["packed"])
 
-    fresh = digits.build_model(seed=settings.seed + 1_000_003, width=settings.width)  # other weights than any run's
-    fresh = nms.load_into(fresh, files["packed"]).eval()
+    # Other initial weights than any run's: whatever agrees afterwards came from the file.
+    fresh = digits.build_model(seed=settings.seed + 1_000_003, width=settings.width)
+    nms.load_into(fresh, files["packed"]).eval()
 
     weights, loaded = dict(model.named_parameters()), dict(fresh.named_parameters())
     sizes = {
@@ -254,7 +265,7 @@ def time_forward(model: nn.Module, packed: nn.Module, split: digits.Split, *, ro
     for count in (1, 256):
         x = split.test_x[:count].contiguous(memory_format=torch.channels_last)
         timings = alternate(
-            {"dense": lambda x=x: model(x), "packed": lambda x=x: packed(x)},
+            {"dense": partial(model, x), "packed": partial(packed, x)},
             rounds=rounds,
             repeats={"dense": 5, "packed": 5},
         )
@@ -269,7 +280,7 @@ def time_forward(model: nn.Module, packed: nn.Module, split: digits.Split, *, ro
 
 
 def argsort_scatter(weight: Tensor, n: int, m: int) -> Tensor:
-    """Masked weight as the published training code computes it: sort each group, scatter zeros into a mask, multiply."""
+    """Masked weight as the published training code computes it: sort groups, scatter zeros, multiply."""
     groups = weight.abs().reshape(-1, m)
     pruned = groups.argsort(dim=1)[:, : m - n]
     mask = torch.ones_like(groups).scatter_(1, pruned, 0.0).reshape(weight.shape)
@@ -280,10 +291,11 @@ def argsort_scatter(weight: Tensor, n: int, m: int) -> Tensor:
 def time_selection(pattern: str, *, rounds: int, shape: tuple[int, int] = (1024, 2048)) -> dict:
     """Time our masked copy with its mask as bits against the composition of PyTorch calls it replaces."""
     parsed = nms.Pattern.parse(pattern)
+    nm = parsed.n, parsed.m
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     out = torch.empty_like(weight)
     calls = {
-        "argsort + scatter": lambda: argsort_scatter(weight, parsed.n, parsed.m),
+        "argsort + scatter": lambda: argsort_scatter(weight, *nm),
         "nm_prune, new output": lambda: nms.nm_prune(weight, parsed, dim=1, return_bits=True),
         "nm_prune, out=": lambda: nms.nm_prune(weight, parsed, dim=1, out=out, return_bits=True),
     }
@@ -291,10 +303,10 @@ def time_selection(pattern: str, *, rounds: int, shape: tuple[int, int] = (1024,
     timings = alternate(calls, rounds=rounds, repeats=fast)
     return {
         "title": "Selecting and masking one weight",
-        "what": f"Masked copy of a {shape[0]} × {shape[1]} float32 weight and its {pattern} mask.",
-        "shape": f"{shape[0]} × {shape[1]}",
+        "what": f"Masked copy of a {shape[0]}x{shape[1]} float32 weight and its {pattern} mask.",
+        "shape": f"{shape[0]}x{shape[1]}",
         "rounds": rounds,
-        "equal": torch.equal(argsort_scatter(weight, parsed.n, parsed.m), nms.nm_prune(weight, parsed, dim=1)),
+        "equal": torch.equal(argsort_scatter(weight, *nm), nms.nm_prune(weight, parsed, dim=1)),
         "entries": [timing.to_json() for timing in timings.values()],
     }
 
@@ -306,9 +318,11 @@ def forward_note(packed: nn.Module, scheme: nms.Scheme) -> str:
     note = f"Engine of the packed layers: {', '.join(engines)}. "
     if engines == ["decompress"]:
         note += (
-            "It unpacks a layer at every call and computes it densely, so packing saves bytes here, not time. "
+            "It unpacks a layer at every call and computes it densely: packing saves bytes here, not time. "
         )
-    return note + 'nms.convert(policy="auto") keeps a layer dense where packed is not measured to be faster.'
+    return note + (
+        "nms.convert with an example_input times each layer and keeps it dense where packed is not faster."
+    )
 
 
 # ----------------------------------------------------------------------------------------------- around them
@@ -324,18 +338,25 @@ def describe_training(settings: Settings, run: digits.TrainResult) -> dict:
         "quick": settings.quick,
         "width": settings.width,
         "parameters": sum(p.numel() for p in run.model.parameters()),
-        "batch_size": 128,
-        "lr": 0.1,
-        "momentum": 0.9,
-        "weight_decay": 5e-4,
+        "batch_size": digits.BATCH_SIZE,
+        "lr": digits.LR,
+        "momentum": digits.MOMENTUM,
+        "weight_decay": digits.WEIGHT_DECAY,
         "lambda_w": run.lambda_w,
     }
 
 
 @contextmanager
-def _progress(console: Any, settings: Settings) -> Iterator[Any]:
+def _progress(console: Console, settings: Settings) -> Iterator[Callable[[str], None]]:
     """A progress bar over all epochs and the five steps after them; yields step(description)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
     columns = (
         SpinnerColumn(),
@@ -350,19 +371,15 @@ def _progress(console: Any, settings: Settings) -> Iterator[Any]:
         yield lambda text: progress.update(task, advance=1, description=text)
 
 
-def print_summary(console: Any, result: dict, files: dict[str, Path]) -> None:
+def print_summary(console: Console, result: dict, files: dict[str, Path]) -> None:
     """The result as tables on the terminal, then the paths."""
     from rich.table import Table
 
     settings, compared, sizes = result["settings"], result["packed"], result["bytes"]
     training = Table(title=f"{settings['pattern']} on handwritten digits, {len(settings['seeds'])} seed(s)")
-    for header, justify in (
-        ("method", "left"),
-        ("accuracy, mean ± sd", "right"),
-        ("final SAD", "right"),
-        ("s / run", "right"),
-    ):
-        training.add_column(header, justify=justify)
+    training.add_column("method")
+    for header in ("accuracy, mean ± sd", "final SAD", "s / run"):
+        training.add_column(header, justify="right")
     for row in report.method_rows(result):
         training.add_row(
             row["label"],
@@ -372,7 +389,10 @@ def print_summary(console: Any, result: dict, files: dict[str, Path]) -> None:
         )
     shot = result["one_shot"]
     training.add_row(
-        "dense, pruned afterwards", f"{report.percent(shot['mean'], 2)} ± {100 * shot['spread']:.2f}", "-", "-"
+        "dense, pruned afterwards",
+        f"{report.percent(shot['mean'], 2)} ± {100 * shot['spread']:.2f}",
+        "-",
+        "-",
     )
     console.print(training)
     console.print(result["statistics_note"], style="dim")
@@ -384,7 +404,8 @@ def print_summary(console: Any, result: dict, files: dict[str, Path]) -> None:
     rest.add_row(f"layers that hold {settings['pattern']} exactly", f"{held} of {len(result['layers'])}")
     rest.add_row(
         "packed against masked dense output",
-        f"max difference {compared['max_abs_diff']:.1e}, {compared['same_labels']} of {compared['images']} labels equal",
+        f"max difference {compared['max_abs_diff']:.1e}, "
+        f"{compared['same_labels']} of {compared['images']} labels equal",
     )
     for what, key in (("sparse layers", "layers"), ("model file", "file")):
         dense, packed = sizes[f"{key}_dense"], sizes[f"{key}_packed"]

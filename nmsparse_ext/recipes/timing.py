@@ -1,7 +1,7 @@
 """Side-by-side timing for the recipes, and a description of what it was measured on.
 
-The benches under ``bench/`` measure single operations with cold caches. This file is for the demo: a handful of
-calls of everything, in turn, so that a slow moment of the machine hits all candidates alike.
+The benches under ``bench/`` measure single operations with cold caches. This file is for the demo: a handful
+of calls of everything, in turn, so that a slow moment of the machine hits all candidates alike.
 """
 
 from __future__ import annotations
