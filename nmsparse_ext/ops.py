@@ -127,6 +127,13 @@ def _normalize_dim(name: str, ndim: int, dim: int) -> int:
     return dim % ndim
 
 
+def _check_k(k: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"k must be an int >= 0, got {k!r}")
+    if k < 0:
+        raise ValueError(f"k must be an int >= 0, got {k}")
+
+
 def _check_weight(w: Tensor, dim: int) -> int:
     """Checks a dense weight; returns the normalised dim."""
     _check_tensor("w", w)
@@ -559,7 +566,8 @@ def unpack_bits(bits: Tensor, k: int, *, dim: int = 1) -> Tensor:
     _check_dtype("bits", bits, (torch.uint8,))
     _check_dims("bits", bits)
     dim = _normalize_dim("bits", bits.dim(), dim)
-    if k < 0 or bits.shape[-1] != ceil_div(k, 8):
+    _check_k(k)
+    if bits.shape[-1] != ceil_div(k, 8):
         raise ValueError(f"k must fit the {bits.shape[-1]} bytes a row of bits, got {k}")
     return _nms.unpack_bits(bits.contiguous(), k, dim)
 
@@ -646,8 +654,9 @@ def _check_indices_tensor(indices: Tensor, p: Pattern, k: int) -> None:
     _check_tensor("indices", indices)
     _check_dtype("indices", indices, (torch.uint8,))
     _check_dims("indices", indices)
+    _check_k(k)
     row_bytes = ceil_div(p.groups(k) * p.bits_per_group, 8)
-    if k < 0 or indices.shape[-1] != row_bytes:
+    if indices.shape[-1] != row_bytes:
         raise ValueError(
             f"indices must have {row_bytes} bytes a row for {p} and k = {k}, got {indices.shape[-1]}"
         )

@@ -122,6 +122,14 @@ def test_add_pruned_of_any_dtypes_and_layouts(
         assert_same_bits(grad, expected, f"dim {dim}")
 
 
+def test_add_pruned_to_the_weight_itself(engine: Engine) -> None:
+    w = torch.randn(4, 16)
+    bits = nms.nm_mask(w, "2:4", bits=True)
+    expected = torch.where(nms.nm_mask(w, "2:4"), w, w + -0.25 * w)
+    ops.add_pruned_(w, w, bits, alpha=-0.25)
+    assert_same_bits(w, expected)
+
+
 def test_add_pruned_leaves_what_is_kept(engine: Engine) -> None:
     w = torch.randn(4, 16)
     grad = content((4, 16), torch.float32, "special", seed=5)

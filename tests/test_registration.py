@@ -1,0 +1,242 @@
+"""What the dispatcher knows of every op: schema, kernels, fakes, gradients."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES
+from strategies import assert_same_bits, content, lay_out
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._pytree import tree_leaves
+
+import nmsparse_ext as nms
+from nmsparse_ext import _ops, ops, reference
+
+LIBRARY_CPP = Path(__file__).parents[1] / "csrc" / "library.cpp"
+OPS = list(_ops.MUTATED_ARGS)
+
+
+def normalised(schema: str) -> str:
+    """A schema with its alias sets named in order, whatever they were called."""
+    names: dict[str, str] = {}
+    return re.sub(r"\((\w+)!\)", lambda m: f"({names.setdefault(m[1], chr(97 + len(names)))}!)", schema)
+
+
+def op(name: str) -> Any:
+    return getattr(torch.ops.nmsparse, name).default
+
+
+# ---------------------------------------------------------------------------------------------------- schemas
+
+
+def test_library_cpp_and_the_reference_agree() -> None:
+    """The same ops with the same schemas in the same order, in C++ and in Python."""
+    in_cpp = re.findall(r'm\.def\(\s*"([^"]+)"', LIBRARY_CPP.read_text())
+    assert [normalised(schema) for schema in in_cpp] == [normalised(_ops.schema_of(name)) for name in OPS]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_registered_schema(name: str) -> None:
+    assert normalised(str(op(name)._schema)) == normalised(f"nmsparse::{_ops.schema_of(name)}")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_runs_on_devices_without_a_kernel_of_their_own(name: str) -> None:
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert registered(f"nmsparse::{name}", "CompositeExplicitAutograd")
+    assert registered(f"nmsparse::{name}", "Meta")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_reference_is_documented(name: str) -> None:
+    assert inspect.getdoc(getattr(reference, name))
+
+
+# ---------------------------------------------------------------------------------------------------- opcheck
+
+
+def sample_calls() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for every op: several dtypes, layouts, dims, remainders; some require grad."""
+    weights: list[tuple[Tensor, int, int, int, bool]] = [
+        (torch.randn(4, 8), 2, 4, 1, False),
+        (torch.randn(4, 8, requires_grad=True), 1, 4, 0, False),
+        (torch.randn(10, dtype=torch.float64, requires_grad=True), 2, 4, 0, True),
+        (lay_out(content((2, 9, 3, 3), torch.bfloat16, "ties", 1), "channels_last"), 4, 8, 1, True),
+        (lay_out(content((3, 4, 16), torch.float16, "normal", 2), "every second"), 8, 16, 2, False),
+        (content((6, 8), torch.int8, "ties", 3), 3, 4, 1, False),
+        (content((2, 2, 2, 2, 8), torch.float8_e4m3fn, "ties", 4).transpose(0, 4), 1, 2, 0, False),
+        (torch.randn(1, 8).expand(3, 8), 2, 4, 1, False),
+        (torch.empty(0, 8), 2, 4, 1, False),
+    ]
+    writable = [(w.detach().clone(), *rest) for w, *rest in weights]
+    masks = [(torch.rand(w.shape) < 0.5, dim) for w, _, _, dim, _ in writable]
+    with_bits = [(w, reference.mask_bits(w.detach(), n, m, dim, pad), dim) for w, n, m, dim, pad in weights]
+    packed = [
+        (w, *reference.compress(w.detach(), n, m, dim, pad), n, m, dim) for w, n, m, dim, pad in weights
+    ]
+    floats = [(w.detach(), bits, dim) for w, bits, dim in with_bits if w.dtype.itemsize > 1]
+    return {
+        "prune": list(weights),
+        "prune_out": [
+            (w, n, m, dim, pad, torch.empty_like(w), bits)
+            for w, n, m, dim, pad in writable
+            for bits in (None, reference.mask_bits(w, n, m, dim, pad))
+        ],
+        "prune_": [
+            (w, n, m, dim, pad, bits)
+            for w, n, m, dim, pad in writable
+            for bits in (None, reference.mask_bits(w, n, m, dim, pad))
+        ],
+        "mask_bits": list(weights),
+        "pack_bits": list(masks),
+        "unpack_bits": [(bits, w.shape[dim], dim) for w, bits, dim in with_bits],
+        "apply_bits": list(with_bits),
+        "apply_bits_": [(w.detach().clone(), bits, dim) for w, bits, dim in with_bits],
+        "add_pruned_": [
+            (torch.randn(w.shape, dtype=dtype), w, bits, dim, 0.5, scale)
+            for w, bits, dim in floats
+            for dtype, scale in ((torch.float32, None), (w.dtype, torch.tensor(2.0)))
+        ],
+        "sad": [(a, ~a) for a, _ in masks if a.is_contiguous()] + [(bits, ~bits) for _, bits, _ in with_bits],
+        "sad_out": [(bits, ~bits, torch.tensor(0)) for _, bits, _ in with_bits],
+        "find_violation": list(weights),
+        "compress": list(weights),
+        "decompress": [
+            (values.requires_grad_(w.requires_grad), indices, n, m, w.shape[dim], dim)
+            for w, values, indices, n, m, dim in packed
+        ],
+        "check_indices": [(indices, n, m, w.shape[dim]) for w, _, indices, n, m, dim in packed],
+        "transposable_bits": [(torch.randn(8, 12),), (torch.randn(12, 4, dtype=torch.bfloat16).T,)],
+    }
+
+
+SAMPLES = sample_calls()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str) -> None:
+    for arguments in SAMPLES[name]:
+        # PyTorch's own check multiplies by a number, which float8 cannot.
+        if not any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in arguments):
+            torch.library.opcheck(op(name), arguments)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_fallback_kernel_gives_the_same(name: str) -> None:
+    """The kernel of devices without one of their own, reached through the dispatcher."""
+    fallback = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    for arguments in SAMPLES[name]:
+        mine = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
+        theirs = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
+        expected = op(name)(*mine)
+        actual = op(name).redispatch(fallback, *theirs)
+        for a, b in zip(tree_leaves((actual, theirs)), tree_leaves((expected, mine)), strict=True):
+            if isinstance(a, Tensor):
+                assert_same_bits(a, b, name)
+
+
+# -------------------------------------------------------------------------------------------------- gradients
+
+
+def distinct(*shape: int) -> Tensor:
+    """A weight whose magnitudes are so far apart that no small step changes the mask."""
+    numel = int(torch.tensor(shape).prod())
+    values = torch.randperm(numel).double() + 1
+    return (values * torch.where(torch.rand(numel) < 0.5, -1.0, 1.0)).view(shape).requires_grad_()
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4, 8), 1), ((8, 3), 0), ((1, 4, 2, 2), 1), ((10,), 0)])
+def test_gradcheck(shape: tuple[int, ...], dim: int) -> None:
+    w = distinct(*shape)
+    bits = ops.mask_bits(w.detach(), "2:4", dim=dim, remainder="pad")
+    values, indices = (t.detach() for t in ops.pack(w, "2:4", dim=dim, remainder="pad"))
+    values.requires_grad_()
+    functions = [
+        (lambda w: nms.nm_prune(w, "2:4", dim=dim, remainder="pad"), w),
+        (lambda w: nms.nm_prune(w, "2:4", remainder="pad", grouping="flat"), w),
+        (lambda w: ops.apply_bits(w, bits, dim=dim), w),
+        (lambda w: ops.pack(w, "2:4", dim=dim, remainder="pad")[0], w),
+        (lambda v: ops.unpack(v, indices, "2:4", k=shape[dim], dim=dim), values),
+    ]
+    for function, argument in functions:
+        assert gradcheck(function, (argument,))
+        assert gradgradcheck(function, (argument,))
+
+
+@pytest.mark.parametrize("encoding", ["3:4", "4:8", "1:16"])
+def test_gradcheck_of_other_encodings(encoding: str) -> None:
+    w = distinct(3, 18)
+    values, indices = (t.detach() for t in ops.pack(w, encoding, remainder="pad"))
+    values.requires_grad_()
+    assert gradcheck(lambda w: ops.pack(w, encoding, remainder="pad")[0], (w,))
+    assert gradcheck(lambda v: ops.unpack(v, indices, encoding, k=18), (values,))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradcheck_of_conv_layouts(memory_format: torch.memory_format) -> None:
+    w = distinct(2, 8, 2, 2).detach().contiguous(memory_format=memory_format).requires_grad_()
+    assert gradcheck(lambda w: nms.nm_prune(w, "2:4"), (w,))
+
+
+# ------------------------------------------------------------------------------------------------ odd tensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
+def test_tensors_that_are_negated_lazily(dtype: torch.dtype) -> None:
+    w = content((4, 8), dtype, "normal", seed=1)
+    negative = torch._neg_view(w)
+    assert negative.is_neg()
+    assert torch.equal(nms.nm_mask(negative, "2:4"), nms.nm_mask(w, "2:4"))
+    assert torch.equal(nms.nm_prune(negative, "2:4"), -nms.nm_prune(w, "2:4"))
+    values, _ = ops.pack(negative, "2:4")
+    assert torch.equal(values, -ops.pack(w, "2:4")[0])
+
+
+def test_inference_mode() -> None:
+    with torch.inference_mode():
+        w = torch.randn(4, 8)
+        expected = nms.nm_prune(w, "2:4")
+        nms.nm_prune_(w, "2:4")
+        assert torch.equal(w, expected)
+
+
+def test_parameters_give_plain_tensors() -> None:
+    pruned = nms.nm_prune(torch.nn.Parameter(torch.randn(4, 8)), "2:4")
+    assert type(pruned) is Tensor
+
+
+# --------------------------------------------------------------------------------------- without an extension
+
+SCRIPT = """
+import torch, nmsparse_ext as nms
+from nmsparse_ext import _ops, ops
+for name in _ops.MUTATED_ARGS:
+    print(getattr(torch.ops.nmsparse, name).default._schema)
+w = torch.arange(8.0).view(2, 4).requires_grad_()
+nms.nm_prune(w, "2:4").sum().backward()
+print(w.grad.tolist())
+arguments = (w.detach(), 2, 4, 1, False, torch.empty(2, 4), None)
+torch.library.opcheck(torch.ops.nmsparse.prune_out.default, arguments)
+print(nms.build_info().reference)
+"""
+
+
+def test_pure_pytorch_registers_the_same_ops() -> None:
+    environment = {**os.environ, "NMSPARSE_REFERENCE": "1", "PYTHONPATH": str(LIBRARY_CPP.parents[1])}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True
+    )
+    lines = run.stdout.splitlines()
+    assert [normalised(line) for line in lines[: len(OPS)]] == [
+        normalised(str(op(name)._schema)) for name in OPS
+    ]
+    assert lines[len(OPS) :] == ["[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]", "True"]
