@@ -112,6 +112,9 @@ def verify(
         list[str] | None, typer.Option(help="Leave out tensors of this name; globs allowed.")
     ] = None,
     dim: Annotated[int, typer.Option(help="Group dim of dense tensors: input features or channels.")] = 1,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Also check sizes that are no multiple of m, as if zeros followed.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check that every weight in FILE holds PATTERN, group by group.
@@ -124,7 +127,7 @@ def verify(
         parsed = nms.Pattern.parse(pattern)
         tensors = nms.load_file(file)
         rows = [
-            {"name": name, **_verify_one(tensor, parsed, dim)}
+            {"name": name, **_verify_one(tensor, parsed, dim, pad)}
             for name, tensor in tensors.items()
             if tensor.dim() >= 2 and _chosen(name, only, skip)
         ]
@@ -154,7 +157,7 @@ def _chosen(name: str, only: list[str] | None, skip: list[str] | None) -> bool:
     return not any(fnmatchcase(name, glob) for glob in skip or [])
 
 
-def _verify_one(tensor: Tensor, pattern: Pattern, dim: int) -> dict[str, Any]:
+def _verify_one(tensor: Tensor, pattern: Pattern, dim: int, pad: bool) -> dict[str, Any]:
     """Whether one tensor holds the pattern (None: it cannot be checked), and why."""
     import nmsparse_ext as nms
 
@@ -167,8 +170,10 @@ def _verify_one(tensor: Tensor, pattern: Pattern, dim: int) -> dict[str, Any]:
         dim = tensor.group_dim
         tensor = tensor.to_dense()
     try:
-        violation = nms.find_violation(tensor, pattern, dim=dim)
-    except (ValueError, TypeError) as error:
+        if not pad and tensor.shape[dim] % pattern.m:
+            return {"holds": None, "why": f"{tensor.shape[dim]} along dim {dim}, no multiple of {pattern.m}"}
+        violation = nms.find_violation(tensor, pattern, dim=dim, remainder="pad")
+    except (ValueError, TypeError, IndexError) as error:  # such a dtype or dim
         return {"holds": None, "why": str(error)}
     if violation is None:
         return {"holds": True, "why": ""}

@@ -75,6 +75,14 @@ def test_verify_along_another_dim(dense_file):
     assert run("verify", dense_file, "4:4", "--dim", "0")[0] == 0
 
 
+def test_verify_sizes_that_are_no_multiple(dense_file):
+    assert "6 along dim 1, no multiple of 4" in run("verify", dense_file, "2:4")[1]
+    code, out, _ = run("verify", dense_file, "2:4", "--only", "odd", "--pad")
+    assert code == 1
+    assert "the group at [0, 0] along dim 1 has 4 nonzeros" in out
+    assert run("verify", dense_file, "4:4", "--only", "odd", "--pad")[0] == 0
+
+
 def test_verify_packed(packed_file):
     assert run("verify", packed_file, "2:4", "--only", "0.weight")[0] == 0
     assert run("verify", packed_file, "2:8", "--only", "0.weight")[0] == 1  # it keeps 4 of 8
