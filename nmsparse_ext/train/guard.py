@@ -73,7 +73,7 @@ def _parametrized(model: nn.Module) -> dict[str, str]:
     for prefix, module in model.named_modules():
         dot = f"{canonical_name(prefix)}." if canonical_name(prefix) else ""
         if torch.nn.utils.parametrize.is_parametrized(module):
-            for attr in module.parametrizations:  # type: ignore[union-attr]
+            for attr in module.parametrizations:
                 found[f"{dot}{attr}"] = "torch.nn.utils.parametrize"
         for attr in module._parameters:
             # The older weight_norm, spectral_norm and torch.nn.utils.prune keep weight_v or weight_orig.

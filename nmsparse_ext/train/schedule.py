@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, Union, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from ..pattern import Pattern
 
@@ -26,7 +26,7 @@ class Schedule(Protocol):
         ...
 
 
-ScheduleFunction = Callable[[int, str, Pattern], Union[Pattern, str]]
+ScheduleFunction = Callable[[int, str, Pattern], Pattern | str]
 
 
 def as_function(schedule: Schedule | ScheduleFunction | None) -> ScheduleFunction | None:

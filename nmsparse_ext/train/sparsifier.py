@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,16 +11,18 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..pattern import Pattern
-from ..weights import canonical_name
-from ..scheme import weights as list_weights
 from ..scheme import Scheme, as_scheme
+from ..weights import canonical_name
+from ..weights import weights as list_weights
+from .checkpoint import StateHooks, saved_step
 from .dtensor import is_dtensor, shard_groups
 from .guard import STEP_KEY, check_model, check_optimizer, set_sparsifier, sparsifier_of
 from .ranks import check_ranks_equal
-from .rules import Rule, Step, make_rule
+from .rules import Rule, make_rule
 from .sad import SadHistory, SadLog
 from .schedule import Schedule, ScheduleFunction, as_function
-from .weight import BITS_KEY, DENSE_KEY, SparseWeight, parameter_of, requires_plain_grad
+from .stepping import Stepper
+from .weight import BITS_KEY, DENSE_KEY, SparseWeight
 
 _STATE_VERSION = 1
 
@@ -89,27 +89,25 @@ class Sparsifier:
     ) -> None:
         check_optimizer(optimizer)
         check_model(model, scheme)
-        self._rule = make_rule(method, lambda_w, penalty)
-        self._schedule = as_function(schedule)
         self._scheme = as_scheme(scheme, model)
         self._model = model
-        self._optimizer = optimizer
         self._process_group = process_group
+        rule = make_rule(method, lambda_w, penalty)
 
         resolved = self._scheme.resolve(model)
-        self._places = [(weight.module, weight.attr) for weight in resolved.values()]
-        self._spans = {weight.name: weight.span for weight in list_weights(model)}
-        self._aliases = {alias: weight.name for weight in list_weights(model) for alias in weight.names}
-        self._weights = {name: SparseWeight(weight) for name, weight in resolved.items()}
+        listed = list_weights(model)
+        spans = {weight.name: weight.span for weight in listed}
+        self._aliases = {alias: weight.name for weight in listed for alias in weight.names}
+        self._places = {weight.name: (weight.module, weight.attr) for weight in resolved.values()}
+        self._weights = {name: SparseWeight(weight, spans[name]) for name, weight in resolved.items()}
 
-        self._warned = False
-        self._ranks_checked = False
-        self._start()
-        step = max((int(group.get(STEP_KEY, 0)) for group in optimizer.param_groups), default=0)
-        self._log = SadLog(list(self._weights), self._devices(), step, self._sum_over_ranks)
-        self._remembered: dict[int, dict[str, Tensor]] = {}
-        self._find_members()
+        devices = [weight.dense.device for weight in self._weights.values()]
+        log = SadLog(list(self._weights), devices, saved_step(optimizer), self._sum_over_ranks)
+        self._stepper = Stepper(
+            optimizer, self._weights, rule, as_function(schedule), log, at_first_step=self._check_first_step
+        )
         self._first_masks()
+        self._remembered: dict[int, dict[str, Tensor]] = {}
         self.remember()
         self._attach()
 
@@ -123,7 +121,7 @@ class Sparsifier:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer."""
-        return self._optimizer
+        return self._stepper.optimizer
 
     @property
     def scheme(self) -> Scheme:
@@ -133,12 +131,12 @@ class Sparsifier:
     @property
     def rule(self) -> Rule:
         """The update rule."""
-        return self._rule
+        return self._stepper.rule
 
     @property
     def step(self) -> int:
         """Number of optimizer steps made; those that a GradScaler made the optimizer skip do not count."""
-        return self._log.step
+        return self._stepper.log.step
 
     @property
     def patterns(self) -> dict[str, Pattern]:
@@ -160,9 +158,9 @@ class Sparsifier:
         Raises:
             ValueError: If the masks of that step are not remembered.
         """
-        self._catch_up()
+        self._stepper.catch_up()
         if since is None:
-            return self._log.last()
+            return self._stepper.log.last()
         if since not in self._remembered:
             raise ValueError(f"since must be a remembered step, one of {sorted(self._remembered)}, got {since!r}")
         then = self._remembered[since]
@@ -171,7 +169,7 @@ class Sparsifier:
 
     def remember(self) -> int:
         """Keeps a copy of the masks as they are now (one bit a weight), for `sad`; returns the step's number."""
-        self._catch_up()
+        self._stepper.catch_up()
         step = self.step
         self._remembered[step] = {name: weight.bits.clone() for name, weight in self._weights.items()}
         return step
@@ -188,12 +186,12 @@ class Sparsifier:
     def history(self) -> SadHistory:
         """SAD of every step so far. Waits and sums as `sad` does."""
         sizes = {name: weight.parameter.numel() for name, weight in self._weights.items()}
-        return self._log.history(sizes)
+        return self._stepper.log.history(sizes)
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """``{parameter name: mask}``, bool and of the weight's shape, True = kept; unpacked when it is looked up."""
-        self._catch_up()
+        self._stepper.catch_up()
         return _Masks(self)
 
     def dense_weight(self, name: str) -> Tensor:
@@ -205,7 +203,7 @@ class Sparsifier:
         Raises:
             KeyError: If the scheme has no such weight.
         """
-        self._catch_up()
+        self._stepper.catch_up()
         return self._find(name).dense_weight()
 
     def __repr__(self) -> str:
@@ -213,7 +211,7 @@ class Sparsifier:
         for weight in self._weights.values():
             counts[str(weight.final_pattern)] = counts.get(str(weight.final_pattern), 0) + 1
         parts = ", ".join(f"{count} x {pattern}" for pattern, count in counts.items())
-        return f"Sparsifier({parts or 'nothing sparse'}; {self._rule!r}, step {self._log.next_step - 1})"
+        return f"Sparsifier({parts or 'nothing sparse'}; {self.rule!r}, step {self._stepper.log.next_step - 1})"
 
     # ------------------------------------------------------------------------------------------------- the end
 
@@ -223,215 +221,62 @@ class Sparsifier:
 
         If a schedule has not come to its end, the scheme's own patterns are applied.
         """
-        if sparsifier_of(self._optimizer) is not self:
+        if sparsifier_of(self.optimizer) is not self:
             return self._model
-        self._recover()
-        self._catch_up()
+        self._stepper.catch_up()
         for weight in self._weights.values():
             if weight.mask_pattern != weight.final_pattern:
                 weight.pattern = weight.final_pattern
                 weight.choose_initial()
         for handle in self._handles:
             handle.remove()
-        self._take_keys()
-        for group in self._optimizer.param_groups:
+        self._stepper.take_state()
+        for group in self.optimizer.param_groups:
             group.pop(STEP_KEY, None)
-        set_sparsifier(self._optimizer, None)
+        set_sparsifier(self.optimizer, None)
         return self._model
 
     # ------------------------------------------------------------------------------------------------- hooks
 
     def _attach(self) -> None:
-        optimizer = self._optimizer
+        optimizer, stepper, state = self.optimizer, self._stepper, StateHooks(self._stepper)
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_post_hook(self._after_state_dict),
-            optimizer.register_load_state_dict_pre_hook(self._before_load_state_dict),
-            optimizer.register_load_state_dict_post_hook(self._after_load_state_dict),
+            optimizer.register_step_pre_hook(torch.compiler.disable(stepper.before_step)),
+            optimizer.register_step_post_hook(torch.compiler.disable(stepper.after_step)),
+            optimizer.register_state_dict_post_hook(state.after_state_dict),
+            optimizer.register_load_state_dict_pre_hook(state.before_load_state_dict),
+            optimizer.register_load_state_dict_post_hook(state.after_load_state_dict),
         ]
         set_sparsifier(optimizer, self)
-        self._write_step()
+        stepper.write_step()
 
-    @torch.compiler.disable
     @torch.no_grad()
-    def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._recover()
-        self._take_keys()
-        self._idle = self._is_no_step(kwargs)
-        if self._idle:
-            return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if not callable(closure):
-            self._enter()
-            return None
-        self._awaits_closure = True
-        wrapped = self._wrap(closure)
-        return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
+    def _first_masks(self) -> None:
+        """Chooses the masks to start with, or takes over what an optimizer that was copied or loaded brings along."""
+        step = self._stepper.log.step
+        for weight in self._weights.values():
+            weight.pattern = self._stepper.pattern_at(weight, step)
+            entries = self.optimizer.state.get(weight.parameter, {})
+            if DENSE_KEY in entries:
+                weight.load_state(entries.pop(DENSE_KEY), entries.pop(BITS_KEY))
+            else:
+                weight.choose_initial()
+        if self.optimizer.state:
+            self._stepper.put_state()
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._awaits_closure:
-            self._awaits_closure = False
-            raise RuntimeError(
-                f"{type(optimizer).__name__}.step() did not evaluate its closure, so it has updated the sparse weights "
-                f"instead of the dense ones"
-            )
-        if self._idle:
-            for weight in self._weights.values():
-                weight.mark()
-        else:
-            self._leave()
-        self._put_keys()
-
-    def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Forward and backward see the sparse weights; the swap comes right after them."""
-
-        def closure_then_swap() -> Any:
-            if self._entered:
-                self._recover()
-                raise RuntimeError(
-                    f"{type(self._optimizer).__name__} evaluates its closure several times a step, which N:M training "
-                    f"does not support: the weights would be dense ones"
-                )
-            with torch.enable_grad():
-                loss = closure()
-            with torch.no_grad():
-                self._awaits_closure = False
-                self._enter()
-            return loss
-
-        return closure_then_swap
-
-    def _is_no_step(self, kwargs: dict[str, Any]) -> bool:
-        """Whether this ``step()`` is going to change nothing."""
-        found_inf = getattr(self._optimizer, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
-            return True  # a fused optimizer under a GradScaler; on a GPU only the kernel knows
-        # torch.distributed.checkpoint makes an optimizer create its state by a step with zero gradients at lr 0.
-        return (
-            "closure" in kwargs
-            and kwargs["closure"] is None
-            and not self._optimizer.state
-            and self._log.next_step == 1
-            and all(_is_zero(group.get("lr")) for group in self._optimizer.param_groups)
-        )
-
-    def _enter(self) -> None:
-        """Swaps the dense weights in and lets the rule have its say."""
-        self._find_members()
-        if not self._ranks_checked:
-            self._first_step()
-        self._catch_up()
-        optimizer, rule = self._optimizer, self._rule
-        step = Step(
-            self._log.next_step, {}, getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        )
-        for weight, _ in self._members:
-            requires_plain_grad(weight)
-        for weight, group in self._members:
-            if weight.parameter.grad is not None:
-                step.group = optimizer.param_groups[group]
-                rule.adjust_dense(weight, step)
-        self._entered, self._step = True, step
-        try:
-            for weight, group in self._members:
-                weight.enter()
-                grad = weight.lend_grad() if rule.edits_grad else None
-                if grad is not None:
-                    step.group = optimizer.param_groups[group]
-                    rule.adjust_grad(weight, grad, _on(step, grad.device))
-        except BaseException:
-            self._recover()
-            raise
-
-    def _leave(self) -> None:
-        """Writes the new masked weights to the parameters, and counts."""
-        step = self._step
-        assert step is not None
-        counters = dict(zip(self._weights, self._log.counters(), strict=True))
-        for weight, group in self._members:
-            step.group = self._optimizer.param_groups[group]
-            weight.pattern = self._pattern(weight, step.number)
-            weight.leave(self._rule, step)
-            weight.count_changes(counters[weight.name])
-        self._entered = False
-        found_inf = step.found_inf
-        self._log.commit(None if found_inf is None or found_inf.device.type == "cpu" else found_inf)
-        self._write_step()
-
-    def _recover(self) -> None:
-        """Ends a step that an exception has cut short: the parameters must not be left pointing at dense weights."""
-        self._awaits_closure = False
-        if not self._entered:
-            return
-        self._entered = False
-        with torch.no_grad():
-            for weight, _ in self._members:
-                weight.cancel()
-
-    # ------------------------------------------------------------------------------------------------- per step
-
-    def _find_members(self) -> None:
-        """Finds the weights in the parameter groups, again whenever a group or a parameter has been added."""
-        groups = self._optimizer.param_groups
-        census = [len(group["params"]) for group in groups]
-        if census == self._census:
-            return
-        for group in groups:
-            self._rule.check_group(group)
-        group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
-        self._members = [
-            (weight, group_of[id(weight.parameter)])
-            for weight in self._weights.values()
-            if id(weight.parameter) in group_of
-        ]
-        self._census = census
-
-    def _first_step(self) -> None:
+    def _check_first_step(self) -> None:
         """Checks what can only be known once training starts."""
-        for weight, (module, attr) in zip(self._weights.values(), self._places, strict=True):
-            now = parameter_of(module, attr)
-            # Between forward and backward FSDP2 may hold the gathered parameter there.
-            if now is not weight.parameter and not is_dtensor(weight.parameter):
+        for name, (module, attr) in self._places.items():
+            parameter = self._weights[name].parameter
+            # FSDP2 may hold the gathered parameter there, between forward and backward and also after.
+            if module._parameters.get(attr) is not parameter and not is_dtensor(parameter):
                 raise RuntimeError(
-                    f"{weight.name} is another parameter than when the Sparsifier was made, and the optimizer does "
-                    f"not know it either; apply fully_shard and the like first, then make optimizer and Sparsifier"
+                    f"{name} is another parameter than when the Sparsifier was made, and the optimizer does not know "
+                    f"it either; apply fully_shard and the like first, then make the optimizer and the Sparsifier"
                 )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and self._process_group is not False:
-            check_ranks_equal(list(self._weights.values()), repr(self._rule), self._process_group)
-        self._ranks_checked = True
-
-    @torch.no_grad()
-    def _catch_up(self) -> None:
-        """Adopts what has been written to parameters from outside."""
-        if self._entered:
-            return
-        changed = [weight.name for weight in self._weights.values() if weight.touched() and weight.adopt()]
-        self._log.move(self._devices())
-        if changed and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{', '.join(changed[:3])}{' and others' * (len(changed) > 3)} changed outside the optimizer's step; "
-                f"the new values are taken into the dense weights. This warning is given once",
-                stacklevel=4,
-            )
-
-    def _pattern(self, weight: SparseWeight, step: int) -> Pattern:
-        """The pattern of the mask that is chosen at the end of ``step``."""
-        if self._schedule is None:
-            return weight.final_pattern
-        pattern = Pattern.parse(self._schedule(step, weight.name, weight.final_pattern), argument="scheduled pattern")
-        if pattern != weight.pattern and self._spans[weight.name] % pattern.m:
-            raise ValueError(
-                f"the schedule gives {weight.name} the pattern {pattern} at step {step}, but its groups run over "
-                f"{self._spans[weight.name]} weights, which is no multiple of {pattern.m}"
-            )
-        return pattern
+            check_ranks_equal(list(self._weights.values()), repr(self.rule), self._process_group)
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -441,8 +286,8 @@ class Sparsifier:
         ``optimizer.state_dict()`` holds the first three too, so a checkpoint of model and optimizer is enough to go on
         bit for bit; this one adds the history. As in any state dict, the tensors are live ones.
         """
-        self._catch_up()
-        first, table = self._log.table()
+        self._stepper.catch_up()
+        first, table = self._stepper.log.table()
         return {
             "version": _STATE_VERSION,
             "step": self.step,
@@ -472,124 +317,25 @@ class Sparsifier:
         for name, weight in self._weights.items():
             weight.pattern = weight.mask_pattern = Pattern.parse(state["patterns"][name])
             weight.load_state(saved[name][DENSE_KEY], saved[name][BITS_KEY])
-        self._log.load(state["step"], state["sad"]["first"], state["sad"]["table"])
+        self._stepper.log.load(state["step"], state["sad"]["first"], state["sad"]["table"])
         self._remembered = {
             step: {name: bits.to(self._weights[name].bits.device) for name, bits in masks.items()}
             for step, masks in state["remembered"].items()
         }
-        self._write_step()
-
-    def _put_keys(self) -> None:
-        for weight, _ in self._members:
-            self._optimizer.state[weight.parameter].update(weight.state)
-
-    def _take_keys(self) -> None:
-        """Takes our entries out of the optimizer's state: many optimizers start theirs when they find it empty."""
-        state = self._optimizer.state
-        for weight, _ in self._members:
-            entries = state.get(weight.parameter)
-            if entries is not None and DENSE_KEY in entries:
-                weight.share_state(entries)
-                del entries[DENSE_KEY], entries[BITS_KEY]
-
-    def _write_step(self) -> None:
-        for group in self._optimizer.param_groups:
-            group[STEP_KEY] = self._log.next_step - 1
-
-    def _after_state_dict(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        """Completes ``optimizer.state_dict()``: before the first step our entries are not there yet."""
-        self._catch_up()
-        step = self.step
-        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-        by_parameter = {id(weight.parameter): weight for weight in self._weights.values()}
-        for key, parameter in zip(ids, parameters, strict=True):
-            weight = by_parameter.get(id(parameter))
-            if weight is not None:
-                state_dict["state"][key] = {**state_dict["state"].get(key, {}), **weight.state}
-        for group in state_dict["param_groups"]:
-            group[STEP_KEY] = step
-
-    def _before_load_state_dict(
-        self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
-    ) -> dict[str, Any] | None:
-        """Sets our entries aside: ``load_state_dict`` would cast them, bits included, to the parameter's dtype."""
-        ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
-        parameters = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
-        self._incoming = []
-        if len(ids) != len(parameters):
-            return None  # which load_state_dict refuses
-        by_parameter = {id(weight.parameter): weight for weight in self._weights.values()}
-        state = dict(state_dict["state"])
-        for key, parameter in zip(ids, parameters, strict=True):
-            entries = state.get(key)
-            if not isinstance(entries, dict) or DENSE_KEY not in entries:
-                continue
-            weight = by_parameter.get(id(parameter))
-            if weight is None:
-                raise ValueError(
-                    f"the optimizer state holds the dense weight behind parameter {key}, which is none of this "
-                    f"Sparsifier's scheme"
-                )
-            weight.check_state(entries[DENSE_KEY], entries[BITS_KEY])
-            self._incoming.append((weight, entries[DENSE_KEY], entries[BITS_KEY]))
-            state[key] = {name: value for name, value in entries.items() if name not in (DENSE_KEY, BITS_KEY)}
-        return {**state_dict, "state": state}
-
-    @torch.no_grad()
-    def _after_load_state_dict(self, optimizer: torch.optim.Optimizer) -> None:
-        self._census = None
-        self._find_members()
-        step = max((int(group.get(STEP_KEY, 0)) for group in optimizer.param_groups), default=0)
-        for weight, dense, bits in self._incoming:
-            weight.pattern = self._pattern(weight, step)
-            weight.load_state(dense, bits)
-        if self._incoming:
-            self._log.load(step)
-        self._incoming = []
-        if optimizer.state:
-            self._put_keys()
-        self._write_step()
+        self._stepper.write_step()
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_handles", "_members", "_census", "_incoming", "_step", "_entered", "_awaits_closure", "_idle")
-        state = {key: value for key, value in self.__dict__.items() if key not in dropped}
-        state["_attached"] = sparsifier_of(self._optimizer) is self
-        return state
+        state = {key: value for key, value in self.__dict__.items() if key != "_handles"}
+        return {**state, "_attached": sparsifier_of(self.optimizer) is self}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attached = state.pop("_attached")
         self.__dict__.update(state)
-        self._start()
         if attached:
+            self._stepper.reset()
             self._attach()
 
     # ------------------------------------------------------------------------------------------------- internals
-
-    def _start(self) -> None:
-        """The part of the state that lives no longer than a step."""
-        self._members: list[tuple[SparseWeight, int]] = []
-        self._census: list[int] | None = None
-        self._incoming: list[tuple[SparseWeight, Tensor, Tensor]] = []
-        self._step: Step | None = None
-        self._entered = False  # the parameters point at the dense weights
-        self._awaits_closure = False
-        self._idle = False  # the step being made is none
-
-    @torch.no_grad()
-    def _first_masks(self) -> None:
-        """Chooses the masks to start with, or takes over what an optimizer that was copied or loaded brings along."""
-        step = self._log.step
-        for weight in self._weights.values():
-            weight.pattern = self._pattern(weight, step)
-            entries = self._optimizer.state.get(weight.parameter, {})
-            if DENSE_KEY in entries:
-                weight.load_state(entries.pop(DENSE_KEY), entries.pop(BITS_KEY))
-            else:
-                weight.choose_initial()
-
-    def _devices(self) -> list[torch.device]:
-        return [weight.dense.device for weight in self._weights.values()]
 
     def _find(self, name: str) -> SparseWeight:
         known = self._resolve(name)
@@ -637,17 +383,3 @@ class _Masks(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"masks of {list(self)}"
-
-
-def _is_zero(lr: Any) -> bool:
-    """Whether a learning rate is 0, without waiting for a GPU."""
-    if isinstance(lr, Tensor):
-        return lr.device.type == "cpu" and not lr.any()
-    return lr is None or lr == 0
-
-
-def _on(step: Step, device: torch.device) -> Step:
-    """``step`` with its gradient scale on ``device``: a model may span several."""
-    if step.grad_scale is not None and step.grad_scale.device != device:
-        return Step(step.number, step.group, step.grad_scale.to(device, non_blocking=True), step.found_inf)
-    return step

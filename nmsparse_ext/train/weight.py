@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from .dtensor import assign, check_placement, is_dtensor, local_of, same_placement, wrap_bits, wrap_like
@@ -39,17 +39,19 @@ class SparseWeight:
         mask_pattern: The pattern that the current mask was chosen with.
     """
 
-    def __init__(self, resolved: ResolvedWeight) -> None:
+    def __init__(self, resolved: ResolvedWeight, span: int) -> None:
         self.name = resolved.name
         self.parameter = resolved.parameter
         self.dim = resolved.group_dim
         self.pattern = self.mask_pattern = self.final_pattern = resolved.pattern
+        self._span = span  # groups must not cross multiples of this
         self._sharded = is_dtensor(self.parameter)
         check_placement(self.name, self.parameter, self.dim)
 
         self._dense = self.parameter.detach().clone()
         self._bits = wrap_bits(_new_bits(self.dense, self.dim), self.parameter, self.dim)
         self._spare = wrap_bits(_new_bits(self.dense, self.dim), self.parameter, self.dim)
+        self._lent: Tensor | None = None
         self._rebind()
 
     # ------------------------------------------------------------------------------------------ what rules may use
@@ -80,6 +82,35 @@ class SparseWeight:
         ops.apply_bits_(out, bits, dim=self.dim)
 
     # ------------------------------------------------------------------------------------------ one optimizer step
+
+    def check_grad(self) -> None:
+        """Refuses a gradient that the exchange cannot serve.
+
+        Raises:
+            RuntimeError: Naming the weight, for a gradient of sparse layout or sharded unlike its parameter.
+        """
+        grad = self.parameter.grad
+        if grad is None:
+            return
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{self.name} has a gradient of layout {grad.layout}; N:M training needs strided ones "
+                f"(for an embedding: sparse=False)"
+            )
+        if self._sharded and not same_placement(grad, self.parameter):
+            raise RuntimeError(f"the gradient of {self.name} is sharded unlike the parameter itself")
+
+    def check_pattern(self, pattern: Pattern, step: int) -> None:
+        """Refuses a scheduled pattern whose groups the weight cannot be divided into.
+
+        Raises:
+            ValueError: Naming weight, step and pattern.
+        """
+        if self._span % pattern.m:
+            raise ValueError(
+                f"the schedule gives {self.name} the pattern {pattern} at step {step}, but it has {self._span} weights "
+                f"along dim {self.dim} to make groups of, which is no multiple of {pattern.m}"
+            )
 
     def enter(self) -> None:
         """Points the parameter at the dense weight. Its own storage lies idle until `leave`."""
@@ -202,12 +233,12 @@ class SparseWeight:
         self._rebind()
         self.write_back()
 
-    def share_state(self, saved: dict[str, Any]) -> None:
-        """Uses the tensors in ``saved`` from now on, if somebody has replaced those of `state` (moved them, say)."""
-        dense, bits = saved.get(DENSE_KEY), saved.get(BITS_KEY)
-        if dense is not None and dense is not self._dense and same_placement(dense, self._dense):
+    def take_state(self, entries: dict[str, Any]) -> None:
+        """Takes our entries out of ``entries``, and over if somebody has replaced them by others (moved them, say)."""
+        dense, bits = entries.pop(DENSE_KEY, self._dense), entries.pop(BITS_KEY, self._bits)
+        if dense is not self._dense and _alike(dense, self.parameter):
             self._dense = dense
-        if bits is not None and bits is not self._bits and same_placement(bits, self._bits):
+        if bits is not self._bits and bits.device == self.parameter.device:
             self._bits = bits.to(torch.uint8)
             self._spare = wrap_bits(torch.empty_like(self.bits), self.parameter, self.dim)
 
@@ -241,7 +272,7 @@ class SparseWeight:
 
     def _rebind(self) -> None:
         """Takes the parameter's present storage for its own."""
-        self._lent: Tensor | None = None
+        self._lent = None
         self._sparse = self._local.data
         self._scratch = wrap_like(self._sparse, self.parameter)
         self.mark()
@@ -265,24 +296,5 @@ def _any_in_group(flags: Tensor, m: int, dim: int) -> Tensor:
     return groups.any(-1, keepdim=True).expand(groups.shape).reshape(last.shape).movedim(-1, dim)
 
 
-def requires_plain_grad(weight: SparseWeight) -> None:
-    """Refuses a gradient that the exchange cannot serve.
-
-    Raises:
-        RuntimeError: Naming the weight, for a sparse-layout gradient or one that is sharded unlike its parameter.
-    """
-    grad: Tensor | None = weight.parameter.grad
-    if grad is None:
-        return
-    if grad.layout is not torch.strided:
-        raise RuntimeError(
-            f"{weight.name} has a gradient of layout {grad.layout}; N:M training needs strided gradients "
-            f"(for an embedding: sparse=False)"
-        )
-    if not same_placement(grad, weight.parameter):
-        raise RuntimeError(f"the gradient of {weight.name} is sharded unlike the parameter itself")
-
-
-def parameter_of(module: nn.Module, attr: str) -> Any:
-    """What ``module`` holds under ``attr`` now."""
-    return module._parameters.get(attr)
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and same_placement(a, b)

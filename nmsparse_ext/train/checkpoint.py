@@ -1,0 +1,93 @@
+"""The Sparsifier's part in ``optimizer.state_dict()`` and ``load_state_dict()``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .guard import STEP_KEY
+from .stepping import Stepper
+from .weight import BITS_KEY, DENSE_KEY, SparseWeight
+
+StateDict = dict[str, Any]
+
+
+class StateHooks:
+    """Makes an optimizer's state dict whole, and takes it over bit for bit.
+
+    ``Optimizer.load_state_dict`` casts every tensor to the dtype of its parameter, packed bits included, so ours are
+    set aside before it starts and put in place when it is done.
+    """
+
+    def __init__(self, stepper: Stepper) -> None:
+        self._stepper = stepper
+        self._incoming: list[tuple[SparseWeight, Tensor, Tensor]] = []
+
+    def after_state_dict(self, optimizer: torch.optim.Optimizer, state_dict: StateDict) -> None:
+        """The state dict post-hook: adds what is not there before the first step, and the exact step."""
+        self._stepper.catch_up()
+        for key, weight in self._saved(state_dict):
+            if weight is not None:
+                state_dict["state"][key] = {**state_dict["state"].get(key, {}), **weight.state}
+        step = self._stepper.log.step
+        for group in state_dict["param_groups"]:
+            group[STEP_KEY] = step
+
+    def before_load_state_dict(self, optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
+        """The load pre-hook.
+
+        Raises:
+            ValueError: If the state holds a dense weight that is none of the scheme, or of another shape.
+        """
+        self._stepper.catch_up()
+        self._incoming = []
+        state = dict(state_dict["state"])
+        for key, weight in self._saved(state_dict):
+            entries = state.get(key)
+            if not isinstance(entries, dict) or DENSE_KEY not in entries:
+                continue
+            if weight is None:
+                raise ValueError(
+                    f"the optimizer state has a dense weight behind parameter {key}, which the scheme leaves dense"
+                )
+            dense, bits = entries[DENSE_KEY], entries[BITS_KEY]
+            weight.check_state(dense, bits)
+            self._incoming.append((weight, dense, bits))
+            state[key] = {name: value for name, value in entries.items() if name not in (DENSE_KEY, BITS_KEY)}
+        return {**state_dict, "state": state}
+
+    @torch.no_grad()
+    def after_load_state_dict(self, optimizer: torch.optim.Optimizer) -> None:
+        """The load post-hook."""
+        stepper = self._stepper
+        stepper.reset()
+        step = saved_step(optimizer)
+        for weight, dense, bits in self._incoming:
+            weight.pattern = stepper.pattern_at(weight, step)
+            weight.load_state(dense, bits)
+        if self._incoming:
+            stepper.log.load(step)
+        self._incoming = []
+        if optimizer.state:
+            stepper.put_state()
+        stepper.write_step()
+
+    def _saved(self, state_dict: StateDict) -> Iterator[tuple[Any, SparseWeight | None]]:
+        """The keys of a state dict with the weights they stand for; fewer if it is of another optimizer."""
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        groups = self._stepper.optimizer.param_groups
+        weights = {id(weight.parameter): weight for weight in self._stepper.weights.values()}
+        parameters = chain.from_iterable(group["params"] for group in groups)
+        return ((key, weights.get(id(p))) for key, p in zip(keys, parameters, strict=False))
+
+    def __getstate__(self) -> StateDict:
+        return {**self.__dict__, "_incoming": []}
+
+
+def saved_step(optimizer: torch.optim.Optimizer) -> int:
+    """The number of steps made, as it stands in the parameter groups."""
+    return max((int(group.get(STEP_KEY, 0)) for group in optimizer.param_groups), default=0)
