@@ -163,10 +163,8 @@ def _verify_one(tensor: Tensor, pattern: Pattern, dim: int, pad: bool) -> dict[s
 
     if isinstance(tensor, nms.NMTensor):
         if tensor.pattern == pattern:
-            return {
-                "holds": True,
-                "why": f"packed as {pattern}",
-            }  # its indices were checked when it was loaded
+            # It cannot but hold: its indices were checked when it was loaded.
+            return {"holds": True, "why": f"packed as {pattern}"}
         dim = tensor.group_dim
         tensor = tensor.to_dense()
     try:
