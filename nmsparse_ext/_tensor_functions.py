@@ -1,11 +1,12 @@
 """What PyTorch does with an `NMTensor`: two tables of handlers.
 
-``FUNCTIONS`` catches public functions (``F.linear``, convolutions) before autograd sees them. A handler there composes
-differentiable functions of ordinary tensors, so gradients and autocast follow from PyTorch's own rules, and
-``torch.compile`` inlines it.
+``FUNCTIONS`` catches public functions (``F.linear``, convolutions) before autograd sees them. A handler there
+composes differentiable functions of ordinary tensors, so gradients and autocast follow from PyTorch's own
+rules, and ``torch.compile`` inlines it.
 
-``OPS`` catches ATen ops below autograd: what modules, the optimizer, ``copy.deepcopy`` and ``load_state_dict`` do to
-any parameter, and products by whoever does not call ``F.linear``. Whatever is in neither table raises.
+``OPS`` catches ATen ops below autograd: what modules, the optimizer, ``copy.deepcopy`` and
+``load_state_dict`` do to any parameter, and products by whoever does not call ``F.linear``. Whatever is in
+neither table raises.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from .tensor import FUNCTIONS, OPS, NMTensor, _refuse_violation
 
 aten = torch.ops.aten
 
-# ----------------------------------------------------------------------------------------------- above autograd
+# --------------------------------------------------------------------------------------------- above autograd
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, NMTensor):
-        raise NotImplementedError("F.linear takes an NMTensor as weight only; use .to_dense() for input or bias")
+        raise NotImplementedError(
+            "F.linear takes an NMTensor as weight only; use .to_dense() for input or bias"
+        )
     return ENGINES[weight.engine].linear(input, weight, bias)
 
 
@@ -39,7 +42,9 @@ def _conv(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def conv(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(weight, NMTensor):
-            raise NotImplementedError(f"{name} takes an NMTensor as weight only; use .to_dense() for input or bias")
+            raise NotImplementedError(
+                f"{name} takes an NMTensor as weight only; use .to_dense() for input or bias"
+            )
         return ENGINES[weight.engine].conv(op, input, weight, bias, *args, **kwargs)
 
     return conv
@@ -53,16 +58,18 @@ for _op in (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d
 def _requires_grad_(weight: NMTensor, requires_grad: bool = True) -> NMTensor:
     if requires_grad:
         raise NotImplementedError(
-            "the weights of an NMTensor are frozen and take no gradients: use nn.Parameter(W, requires_grad=False). "
-            "To train, keep the weight dense and use a Sparsifier; for gradients of packed values, call nms.linear "
-            "with the result of compress"
+            "the weights of an NMTensor are frozen and take no gradients: use "
+            "nn.Parameter(W, requires_grad=False). To train, keep the weight dense and use a Sparsifier; for "
+            "gradients of packed values, call nms.linear with the result of compress"
         )
     return weight
 
 
 def _no_contents(name: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"NMTensor does not support {name}: call it on .to_dense(), .values or .indices")
+        raise NotImplementedError(
+            f"NMTensor does not support {name}: call it on .to_dense(), .values or .indices"
+        )
 
     return refuse
 
@@ -73,7 +80,7 @@ for _name in ("numpy", "__array__", "tolist", "__dlpack__"):
 FUNCTIONS[torch.Tensor.requires_grad_] = _requires_grad_
 FUNCTIONS[torch.Tensor.requires_grad.__set__] = _requires_grad_  # type: ignore[attr-defined]
 
-# ----------------------------------------------------------------------------------------------- below autograd
+# --------------------------------------------------------------------------------------------- below autograd
 
 
 def _implements(*funcs: Any) -> Callable[[Callable], Callable]:
@@ -96,13 +103,37 @@ def _alias(func: Any, weight: NMTensor) -> NMTensor:
     return return_and_correct_aliasing(func, (weight,), {}, weight._map(func))
 
 
-@_implements(aten.view.default, aten._unsafe_view.default, aten.expand.default)
-def _view(func: Any, weight: NMTensor, size: Sequence[int], **kwargs: Any) -> NMTensor:
+@_implements(aten.view.default, aten._unsafe_view.default)
+def _view(func: Any, weight: NMTensor, size: Sequence[int]) -> NMTensor:
     shape = weight._dense_shape()
-    # -1 stands for "as it is" in expand, and for the one size that is left over in view.
+    # -1 stands for the one size that is left over, so the same number of dims is enough.
     if len(size) != len(shape) or any(new not in (old, -1) for new, old in zip(size, shape, strict=True)):
         raise _unsupported(func, f"from shape {list(shape)} to {list(size)}: only the same shape")
-    return return_and_correct_aliasing(func, (weight, size), kwargs, weight._map(aten.alias.default))
+    return return_and_correct_aliasing(func, (weight, size), {}, weight._map(aten.alias.default))
+
+
+@_implements(aten.expand.default)
+def _expand(func: Any, weight: NMTensor, size: Sequence[int], **kwargs: Any) -> NMTensor:
+    shape = weight._dense_shape()
+    batch, sizes = tuple(size[: -len(shape)]), size[-len(shape) :]
+    if len(size) < len(shape) or any(new not in (old, -1) for new, old in zip(sizes, shape, strict=True)):
+        raise _unsupported(func, f"from shape {list(shape)} to {list(size)}: only by leading dims")
+    expanded = _reshaped(weight, weight.group_dim + len(batch), (*batch, *shape))._map(aten.alias.default)
+    return return_and_correct_aliasing(func, (weight, size), kwargs, expanded)
+
+
+def _reshaped(weight: NMTensor, group_dim: int, shape: tuple[int, ...]) -> NMTensor:
+    """The same inner tensors as another weight; what is the same canonical rows has the same forms."""
+    return NMTensor(
+        weight.packed_values,
+        weight.packed_indices,
+        weight.pattern,
+        group_dim,
+        shape,
+        weight.remainder,
+        weight.engine,
+        weight._forms(),
+    )
 
 
 @_implements(aten.clone.default)
@@ -141,40 +172,44 @@ def _to_copy(
 
 
 def transpose(weight: NMTensor) -> NMTensor:
-    """``weight.t()`` of a 2-D weight: the rows stay the same, only the group dim stands elsewhere in the shape."""
-    rows, columns = weight._dense_shape()
-    return NMTensor(
-        weight.packed_values,
-        weight.packed_indices,
-        weight.pattern,
-        1 - weight.group_dim,
-        (columns, rows),
-        weight.remainder,
-        weight.engine,
-        weight._forms(),
-    )
+    """Swaps the last two dims of a 2-D (or expanded 2-D) weight.
+
+    The canonical rows stay the same, only the group dim stands elsewhere in the shape.
+    """
+    *batch, rows, columns = weight._dense_shape()
+    first = len(batch)
+    return _reshaped(weight, first + 1 - (weight.group_dim - first), (*batch, columns, rows))
 
 
-def _transposed_view(func: Any, weight: NMTensor, args: tuple, swaps: bool) -> NMTensor:
-    if len(weight._dense_shape()) != 2:
-        raise _unsupported(func, f"of shape {list(weight._dense_shape())}: only 2-D weights")
-    view = transpose(weight)._map(aten.alias.default) if swaps else weight._map(aten.alias.default)
+def _transposed_view(func: Any, weight: NMTensor, args: tuple, order: list[int]) -> NMTensor:
+    """A view with the dims in another order, as far as that is a transposed matrix."""
+    ndim, batch = len(weight._dense_shape()), len(weight.batch)
+    as_it_is = list(range(ndim))
+    if order == as_it_is:
+        view = weight._map(aten.alias.default)
+    elif ndim - batch == 2 and order == [*range(batch), batch + 1, batch]:
+        view = transpose(weight)._map(aten.alias.default)
+    else:
+        raise _unsupported(func, f"of shape {list(weight._dense_shape())}: only the two dims of a matrix")
     return return_and_correct_aliasing(func, (weight, *args), {}, view)
 
 
 @_implements(aten.t.default)
 def _t(func: Any, weight: NMTensor) -> NMTensor:
-    return _transposed_view(func, weight, (), True)
+    return _transposed_view(func, weight, (), [1, 0])
 
 
 @_implements(aten.transpose.int)
 def _transpose(func: Any, weight: NMTensor, dim0: int, dim1: int) -> NMTensor:
-    return _transposed_view(func, weight, (dim0, dim1), dim0 % 2 != dim1 % 2)
+    order = list(range(len(weight._dense_shape())))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return _transposed_view(func, weight, (dim0, dim1), order)
 
 
 @_implements(aten.permute.default)
 def _permute(func: Any, weight: NMTensor, dims: Sequence[int]) -> NMTensor:
-    return _transposed_view(func, weight, (dims,), [dim % 2 for dim in dims] == [1, 0])
+    ndim = len(weight._dense_shape())
+    return _transposed_view(func, weight, (dims,), [dim % ndim for dim in dims])
 
 
 def _narrow(func: Any, weight: NMTensor, dim: int, start: int, length: int) -> NMTensor:
@@ -183,6 +218,8 @@ def _narrow(func: Any, weight: NMTensor, dim: int, start: int, length: int) -> N
     dim %= len(shape)
     if dim == weight.group_dim:
         raise _unsupported(func, f"along dim {dim}, which is the group dim")
+    if weight.batch:
+        raise _unsupported(func, "of an expanded weight")
     shape[dim] = length
     row_dim = dim - (dim > weight.group_dim)  # group dim last: dims behind it move up
     engine = ENGINES[weight.engine]
@@ -197,7 +234,9 @@ def _narrow(func: Any, weight: NMTensor, dim: int, start: int, length: int) -> N
         (),
     )
     if not engine.split_rows:
-        return piece.with_engine(next(e.name for e in ENGINES.values() if not e.forms and e.why_not(piece) is None))
+        return piece.with_engine(
+            next(e.name for e in ENGINES.values() if not e.forms and e.why_not(piece) is None)
+        )
     forms = tuple(form.narrow(row_dim, start, length) for form in weight._forms())
     piece.engine = engine.name
     for name, form in zip(engine.forms, forms, strict=True):
@@ -214,7 +253,9 @@ def _split(func: Any, weight: NMTensor, split_size: int, dim: int = 0) -> list[N
 
 
 @_implements(aten.split_with_sizes.default)
-def _split_with_sizes(func: Any, weight: NMTensor, split_sizes: Sequence[int], dim: int = 0) -> list[NMTensor]:
+def _split_with_sizes(
+    func: Any, weight: NMTensor, split_sizes: Sequence[int], dim: int = 0
+) -> list[NMTensor]:
     size = weight._dense_shape()[dim]
     if sum(split_sizes) != size or any(length < 0 for length in split_sizes):
         raise ValueError(f"split sizes must add up to {size}, the size of dim {dim}, got {list(split_sizes)}")
@@ -248,13 +289,29 @@ def _times(x: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:
     return ENGINES[weight.engine].linear(x, transpose(weight), bias)
 
 
+def _product(func: Any, a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` with one of them packed, ``[..., rows, in] @ [..., in, out]``."""
+    if isinstance(b, NMTensor):
+        if isinstance(a, NMTensor):
+            raise _unsupported(func, "of two packed weights")
+        return _times(a, b)
+    assert isinstance(a, NMTensor)
+    return ENGINES[a.engine].linear(b.mT, a).mT  # a @ b = (b^T @ a^T)^T
+
+
 @_implements(aten.mm.default)
 def _mm(func: Any, a: Tensor, b: Tensor) -> Tensor:
-    if isinstance(a, NMTensor) and isinstance(b, NMTensor):
-        raise _unsupported(func, "of two packed weights")
-    if isinstance(b, NMTensor):
-        return _times(a, b)
-    return ENGINES[a.engine].linear(b.t(), a).t()  # a @ b = (b^T @ a^T)^T
+    return _product(func, a, b)
+
+
+@_implements(aten.bmm.default)
+def _bmm(func: Any, a: Tensor, b: Tensor) -> Tensor:
+    # matmul with more than two dims expands the weight: one and the same matrix for every batch.
+    for weight in (a, b):
+        if isinstance(weight, NMTensor) and not weight.batch:
+            raise _unsupported(func, "of a batch of packed matrices")
+    one = lambda x: _reshaped(x, x.group_dim - 1, x._dense_shape()[1:]) if isinstance(x, NMTensor) else x  # noqa: E731
+    return _product(func, one(a), one(b))
 
 
 @_implements(aten.addmm.default)
@@ -263,7 +320,7 @@ def _addmm(func: Any, bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, al
         raise _unsupported(func, "with a packed bias")
     if isinstance(b, NMTensor) and not isinstance(a, NMTensor) and bias.dim() == 1 and alpha == beta == 1:
         return _times(a, b, bias)
-    product = _mm(func, a, b)
+    product = _product(func, a, b)
     if alpha != 1:
         product = product * alpha
     # As addmm has it: with beta = 0 not even a NaN in bias counts.
@@ -296,18 +353,18 @@ def _convolution_backward(func: Any, grad: Tensor, input: Tensor, weight: Tensor
 @_implements(aten.copy_.default)
 def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, NMTensor):
-        target.copy_(unpack(source), non_blocking)  # type: ignore[arg-type] - packed into dense: what it stands for
-        return target
+        assert isinstance(source, NMTensor)
+        return target.copy_(unpack(source), non_blocking)
     shape = target._dense_shape()
     if isinstance(source, NMTensor):
         source_shape = source._dense_shape()
-        same = (source.pattern, source.group_dim) == (target.pattern, target.group_dim)
     else:
-        source_shape, same = tuple(source.shape), False
+        source_shape = tuple(source.shape)
     if source_shape != shape:
         raise ValueError(f"cannot copy shape {list(source_shape)} into an NMTensor of shape {list(shape)}")
-    if same:
-        values, indices = source.packed_values, source.packed_indices  # type: ignore[attr-defined]
+    same_layout = (target.pattern, target.group_dim)
+    if isinstance(source, NMTensor) and (source.pattern, source.group_dim) == same_layout:
+        values, indices = source.packed_values, source.packed_indices
     else:
         dense = unpack(source) if isinstance(source, NMTensor) else source
         # Cast first: what underflows to zero in the target's dtype needs no place.

@@ -1,12 +1,12 @@
 """The engines that multiply with a packed weight, as one small table.
 
-An engine runs from *forms*: tensors derived from the portable ``values`` and ``indices``, laid out as its kernel likes
-them. `NMTensor` carries the forms of its engine as further inner tensors, so that compiled and exported graphs see
-them; they are shared by views and never saved. A new engine is one more `register_engine` call; nothing else knows
-which engines there are.
+An engine runs from *forms*: tensors derived from the portable ``values`` and ``indices``, laid out as its
+kernel likes them. `NMTensor` carries the forms of its engine as further inner tensors, so that compiled and
+exported graphs see them; they are shared by views and never saved. A new engine is one more `register_engine`
+call; nothing else knows which engines there are.
 
-Forms describe the canonical rows ``[other dims..., K]`` (group dim last). A transposed weight has the same rows, so
-its forms are the same too.
+Forms describe the canonical rows ``[other dims..., K]`` (group dim last). A transposed weight has the same
+rows, so its forms are the same too.
 """
 
 from __future__ import annotations
@@ -28,18 +28,15 @@ if TYPE_CHECKING:
 class Engine:
     """How packed weights are multiplied.
 
-    Attributes:
-        name: The key in the table, stored with each weight.
-        why_not: ``weight -> None``, or the reason why this engine cannot run it here (device, dtype, pattern).
-        linear: ``(input [..., in], weight [out, in], bias [out] or None) -> [..., out]``; differentiable in input and
-            bias.
-        conv: ``(op, input, weight, bias, *args, **kwargs)`` with ``op`` one of ``F.conv1d/2d/3d`` and their transposed
-            versions; the same as ``op(input, weight.to_dense(), bias, *args, **kwargs)``.
-        forms: Names of the tensors that `build` derives.
-        build: ``weight -> forms``, in the order of `forms`.
-        split_rows: Whether narrowing a form along a leading dim gives the form of those rows; if not, the pieces of a
-            split weight fall back to an engine without forms.
-        automatic: Whether `best_engine` may choose it. Not so for engines that take more memory than the dense weight.
+    Attributes: name: The key in the table, stored with each weight. why_not: ``weight -> None``, or the
+        reason why this engine cannot run it here (device, dtype, pattern). linear: ``(input [..., in], weight
+        [out, in], bias [out] or None) -> [..., out]``; differentiable in input and bias. conv: ``(op, input,
+        weight, bias, *args, **kwargs)`` with ``op`` one of ``F.conv1d/2d/3d`` and their transposed versions;
+        the same as ``op(input, weight.to_dense(), bias, *args, **kwargs)``. forms: Names of the tensors that
+        `build` derives. build: ``weight -> forms``, in the order of `forms`. split_rows: Whether narrowing a
+        form along a leading dim gives the form of those rows; if not, the pieces of a split weight fall back
+        to an engine without forms. automatic: Whether `best_engine` may choose it. Not so for engines that
+        take more memory than the dense weight.
     """
 
     name: str
@@ -88,17 +85,19 @@ def find_engine(name: str) -> Engine:
 
 
 def unpack(weight: NMTensor) -> Tensor:
-    """Returns the dense weight: contiguous, of ``weight``'s shape and dtype. Differentiable in the values.
+    """Returns the dense weight: contiguous (unless expanded), of ``weight``'s shape and dtype.
 
-    A free function rather than a method, because ``torch.compile`` inlines functions on a subclass, but not methods
-    that override one of ``torch.Tensor``.
+    Differentiable in the values.
+
+    A free function rather than a method, because ``torch.compile`` inlines functions on a subclass, but not
+    methods that override one of ``torch.Tensor``.
     """
-    return ops.unpack(
-        weight.packed_values, weight.packed_indices, weight.pattern, k=weight.k, dim=weight.group_dim
-    )
+    dim = weight.group_dim - len(weight.batch)
+    dense = ops.unpack(weight.packed_values, weight.packed_indices, weight.pattern, k=weight.k, dim=dim)
+    return dense.expand(*weight.batch, *dense.shape) if weight.batch else dense
 
 
-# ------------------------------------------------------------------------------------- decompress: works everywhere
+# ------------------------------------------------------------------------------- decompress: works everywhere
 
 
 def _decompress_linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:
@@ -116,8 +115,8 @@ def _decompress_conv(
     return op(input, unpack(weight), bias, *args, **kwargs)
 
 
-# The dense weight is made in every call and, if gradients are wanted, kept for the backward pass. Least memory at
-# rest, never faster than dense.
+# The dense weight is made in every call and, if gradients are wanted, kept for the backward pass. Least
+# memory at rest, never faster than dense.
 register_engine(
     Engine(
         name="decompress",
@@ -128,16 +127,18 @@ register_engine(
 )
 
 
-# ------------------------------------------------------------------------------- dense: decompressed once and kept
+# -------------------------------------------------------------------------- dense: decompressed once and kept
 
 
 def _dense_build(weight: NMTensor) -> tuple[Tensor]:
-    # A view with the group dim last, as the contract of forms wants it; moving it back gives the contiguous weight.
+    # A view with the group dim last, as the contract of forms wants it; moving it back gives the contiguous
+    # weight.
     return (unpack(weight).movedim(weight.group_dim, -1),)
 
 
 def _dense_weight(weight: NMTensor) -> Tensor:
-    return weight.form_dense.movedim(-1, weight.group_dim)
+    form: Tensor = getattr(weight, "form_dense")  # noqa: B009 - forms are no declared attributes
+    return form.movedim(-1, weight.group_dim)
 
 
 def _dense_linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:

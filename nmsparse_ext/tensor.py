@@ -1,7 +1,7 @@
 """``NMTensor``: the packed N:M weight, as a tensor that takes the place of the dense one.
 
-This file holds the class, how to make one, and how it is copied and saved. What PyTorch functions do with it is in
-``_tensor_functions.py``; how it is multiplied is in ``engines.py``.
+This file holds the class, how to make one, and how it is copied and saved. What PyTorch functions do with it
+is in ``_tensor_functions.py``; how it is multiplied is in ``engines.py``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from ._checks import WEIGHT_DTYPES
 from .engines import ENGINES, Engine, best_engine, find_engine, unpack
 from .pattern import Pattern
 
-REMAINDERS = ("error", "pad")
+Remainder = ops.Remainder
+REMAINDERS: tuple[Remainder, ...] = ("error", "pad")
 
 
 class NMTensor(torch.Tensor):
     """A weight in packed N:M form: of each group of m, the n kept values and where they stood.
 
-    It has the shape, dtype and device of the dense weight, and stands in for it in ``F.linear``, convolutions and
-    matrix products; so an ordinary ``nn.Linear`` or ``nn.Conv2d`` runs with it unchanged. Whatever it cannot do raises
-    ``NotImplementedError`` with the name of the operation: nothing turns it into a dense tensor behind your back. Its
+    It has the shape, dtype and device of the dense weight, and stands in for it in ``F.linear``, convolutions
+    and matrix products; so an ordinary ``nn.Linear`` or ``nn.Conv2d`` runs with it unchanged. Whatever it
+    cannot do raises ``NotImplementedError`` with the name of the operation: nothing turns it into a dense
+    tensor behind your back. Its
     weights are frozen: gradients reach the input and the bias.
 
     Make one with `compress`, or with `from_packed` from parts that came from elsewhere.
@@ -47,31 +49,34 @@ class NMTensor(torch.Tensor):
     packed_indices: Tensor
     pattern: Pattern
     group_dim: int
-    k: int  # size of group_dim; kept here because reading .shape of a subclass takes a trip through the dispatcher
-    remainder: str
+    batch: tuple[int, ...]  # sizes of leading dims that are broadcast: matmul expands a 2-D weight to batches
+    k: int  # size of group_dim; kept because .shape of a subclass takes a trip through __torch_function__
+    remainder: Remainder
     engine: str
 
-    # ------------------------------------------------------------------------------------------------ construction
+    # ------------------------------------------------------------------------------------------- construction
 
     @staticmethod
-    def __new__(
+    def __new__(  # noqa: D102 - see the class
         cls: type[NMTensor],
         values: Tensor,
         indices: Tensor,
         pattern: Pattern,
         group_dim: int,
         shape: torch.Size | tuple[int, ...],
-        remainder: str,
+        remainder: Remainder,
         engine: str,
         forms: tuple[Tensor, ...],
     ) -> NMTensor:
-        # Checks nothing: it runs for every detach and view. `compress` and `from_packed` are the public doors.
+        # Checks nothing: it runs for every detach and view. `compress` and `from_packed` are the public
+        # doors.
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=values.dtype, device=values.device)
         self.packed_values = values
         self.packed_indices = indices
         self.pattern = pattern
         self.group_dim = group_dim
         self.k = shape[group_dim]
+        self.batch = tuple(shape[: len(shape) - values.dim()])
         self.remainder = remainder
         self.engine = engine
         for name, form in zip(find_engine(engine).forms, forms, strict=True):
@@ -90,10 +95,10 @@ class NMTensor(torch.Tensor):
         *,
         group_dim: int,
         shape: tuple[int, ...],
-        remainder: str = "error",
+        remainder: Remainder = "error",
         engine: str | None = None,
     ) -> NMTensor:
-        """Puts a packed weight together from its parts, after checking that they fit and that every index is legal.
+        """Puts a packed weight together from its parts, after checking that they fit and every index is legal.
 
         Args:
             values: ``[other dims..., groups * n]``.
@@ -162,23 +167,27 @@ class NMTensor(torch.Tensor):
     def _forms(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, f"form_{name}") for name in find_engine(self.engine).forms)
 
-    # ---------------------------------------------------------------------------------------------------- attributes
+    # --------------------------------------------------------------------------------------------- attributes
 
     # torch.Tensor has methods of these two names, for sparse COO tensors; here they are plain attributes.
     @property
     def values(self) -> Tensor:  # type: ignore[override]
+        """The kept weights."""
         return self.packed_values
 
     @property
     def indices(self) -> Tensor:  # type: ignore[override]
+        """Where they stood."""
         return self.packed_indices
 
     @property
     def encoding(self) -> str:
+        """How `indices` says it."""
         return self.pattern.encoding
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of the packed form."""
         return self.packed_values.nbytes + self.packed_indices.nbytes
 
     @property
@@ -196,24 +205,31 @@ class NMTensor(torch.Tensor):
         dense = unpack(self)
         return dense if dtype is None else dense.to(dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         dense_bytes = math.prod(self._dense_shape()) * self.packed_values.itemsize
-        frozen = ", padded" if self.remainder == "pad" else ""
+        padded = ", padded" if self.remainder == "pad" else ""
         return (
-            f"NMTensor({self.pattern} along dim {self.group_dim}{frozen}, shape={list(self._dense_shape())}, "
+            f"NMTensor({self.pattern} along dim {self.group_dim}{padded}, shape={list(self._dense_shape())}, "
             f"dtype={self.packed_values.dtype}, device='{self.packed_values.device}', "
             f"{self.nbytes} bytes packed of {dense_bytes} dense, engine={self.engine!r})"
         )
 
-    # -------------------------------------------------------------------------------------------- copying and saving
+    # ------------------------------------------------------------------------------------- copying and saving
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Pattern, int, str, str]]:
-        names = ["packed_values", "packed_indices", *(f"form_{name}" for name in find_engine(self.engine).forms)]
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Pattern, int, Remainder, str]]:
+        names = [
+            "packed_values",
+            "packed_indices",
+            *(f"form_{name}" for name in find_engine(self.engine).forms),
+        ]
         return names, (self.pattern, self.group_dim, self.remainder, self.engine)
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], context: tuple[Pattern, int, str, str], outer_size: torch.Size, outer_stride: object
+        inner: dict[str, Tensor],
+        context: tuple[Pattern, int, Remainder, str],
+        outer_size: torch.Size,
+        outer_stride: object,
     ) -> NMTensor:
         pattern, group_dim, remainder, engine = context
         forms = tuple(inner[f"form_{name}"] for name in find_engine(engine).forms)
@@ -228,9 +244,19 @@ class NMTensor(torch.Tensor):
             forms,
         )
 
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled code may depend on: all but the contents. The caches of torch.compile ask for it."""
+        names, context = self.__tensor_flatten__()
+        inner = [
+            (name, part.dtype, tuple(part.shape), part.stride(), str(part.device), part.requires_grad)
+            for name in names
+            for part in (getattr(self, name),)
+        ]
+        return repr(("NMTensor", self._dense_shape(), context, inner))
+
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., NMTensor], tuple]:
-        # Engine forms are derived, so they are not saved. Everything else is plain tensors and builtins, so that
-        # torch.load(weights_only=True) needs to trust two names only.
+        # Engine forms are derived, so they are not saved. Everything else is plain tensors and builtins, so
+        # that torch.load(weights_only=True) needs to trust two names only.
         state = (
             self.packed_values,
             self.packed_indices,
@@ -250,11 +276,11 @@ class NMTensor(torch.Tensor):
             NotImplementedError: Always.
         """
         raise NotImplementedError(
-            "NMTensor does not support share_memory_(): its parts are separate tensors. Share .values and .indices "
-            "and put them together with NMTensor.from_packed, or share .to_dense()"
+            "NMTensor does not support share_memory_(): its parts are separate tensors. Share .values and "
+            ".indices and put them together with NMTensor.from_packed, or share .to_dense()"
         )
 
-    # ------------------------------------------------------------------------------------------------------ dispatch
+    # ----------------------------------------------------------------------------------------------- dispatch
 
     @classmethod
     def __torch_function__(
@@ -267,26 +293,31 @@ class NMTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: tuple[type, ...], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         handler = OPS.get(func)
         if handler is None:
             raise NotImplementedError(
-                f"NMTensor does not support {func}. Packed weights are for linear layers, convolutions and matrix "
-                "products; for anything else, work on .to_dense()"
+                f"NMTensor does not support {func}. Packed weights are for linear layers, convolutions and "
+                "matrix products; for anything else, work on .to_dense()"
             )
         return handler(func, *args, **(kwargs or {}))
 
 
-# What PyTorch functions do with an NMTensor: public functions (above autograd), and ATen ops (below it) for whoever
-# does not come through those. Filled by _tensor_functions.py.
+# What PyTorch functions do with an NMTensor: public functions (above autograd), and ATen ops (below it) for
+# whoever does not come through those. Filled by _tensor_functions.py.
 FUNCTIONS: dict[Callable, Callable] = {}
 OPS: dict[Any, Callable] = {}
 
 
 def _check_parts(
-    values: Tensor, indices: Tensor, pattern: Pattern, group_dim: int, shape: tuple[int, ...], remainder: str
+    values: Tensor,
+    indices: Tensor,
+    pattern: Pattern,
+    group_dim: int,
+    shape: tuple[int, ...],
+    remainder: Remainder,
 ) -> None:
     """Raises unless the parts make one packed weight; see `NMTensor.from_packed`."""
     for name, part in (("values", values), ("indices", indices)):
@@ -306,21 +337,27 @@ def _check_parts(
         raise ValueError(f"remainder must be one of {REMAINDERS}, got {remainder!r}")
     k = shape[group_dim]
     if remainder == "error" and k % pattern.m:
-        raise ValueError(f"size {k} of group dim {group_dim} is no multiple of m = {pattern.m}, and remainder is 'error'")
+        raise ValueError(
+            f"size {k} of group dim {group_dim} is no multiple of m = {pattern.m}, and remainder is 'error'"
+        )
     rows = [*shape[:group_dim], *shape[group_dim + 1 :]]
     groups = pattern.groups(k)
     wanted = [*rows, groups * pattern.n]
     if list(values.shape) != wanted:
-        raise ValueError(f"values must have shape {wanted} for {pattern} and shape {shape}, got {list(values.shape)}")
+        raise ValueError(
+            f"values must have shape {wanted} for {pattern} and shape {shape}, got {list(values.shape)}"
+        )
     wanted = [*rows, -(-groups * pattern.bits_per_group // 8)]
     if list(indices.shape) != wanted:
-        raise ValueError(f"indices must have shape {wanted} for {pattern} and shape {shape}, got {list(indices.shape)}")
+        raise ValueError(
+            f"indices must have shape {wanted} for {pattern} and shape {shape}, got {list(indices.shape)}"
+        )
     if _holds_data(indices):
         bad = ops.check_indices(indices, pattern, k=k)
         if bad is not None:
             raise ValueError(
-                f"indices of group {list(bad)} ([other dims..., group]) are no legal choice of {pattern.n} of "
-                f"{pattern.m}: they must be distinct, ascending and inside the group, with zero bits after the last one"
+                f"indices of group {list(bad)} ([other dims..., group]) are no legal choice of {pattern.n} "
+                f"of {pattern.m}: they must be distinct, ascending and inside the group, and unused bits zero"
             )
 
 
@@ -335,7 +372,7 @@ def _from_pickle(
     pattern: str,
     group_dim: int,
     shape: tuple[int, ...],
-    remainder: str,
+    remainder: Remainder,
     engine: str,
     is_parameter: bool,
 ) -> NMTensor:
@@ -357,28 +394,24 @@ def _from_pickle(
 
 
 def compress(
-    w: Tensor, pattern: Pattern | str, *, dim: int = 1, prune: bool = False, remainder: str = "error"
+    w: Tensor, pattern: Pattern | str, *, dim: int = 1, prune: bool = False, remainder: Remainder = "error"
 ) -> NMTensor:
     """Packs a weight: of each group only the kept values and their positions remain.
 
-    ``compress(w, p).to_dense()`` equals ``w``, bit for bit except that pruned -0.0 become +0.0; with ``prune=True`` it
-    equals ``nm_prune(w, p)``. Differentiable in ``w`` as long as the result is used directly; as an ``nn.Parameter``
-    it is frozen.
+    ``compress(w, p).to_dense()`` equals ``w``, bit for bit except that pruned -0.0 become +0.0; with
+    ``prune=True`` it equals ``nm_prune(w, p)``. Differentiable in ``w`` as long as the result is used
+    directly; as an ``nn.Parameter`` it is frozen.
 
-    Args:
-        w: The dense weight, 1-D to 5-D, any strides.
-        pattern: For example ``"2:4"``.
-        dim: The dim that groups run along; may be negative.
-        prune: Prune by the selection rule where ``w`` does not satisfy the pattern yet.
-        remainder: ``"pad"`` allows a size along ``dim`` that is no multiple of m, and counts virtual zeros after it.
+    Args: w: The dense weight, 1-D to 5-D, any strides. pattern: For example ``"2:4"``. dim: The dim that
+        groups run along; may be negative. prune: Prune by the selection rule where ``w`` does not satisfy the
+        pattern yet. remainder: ``"pad"`` allows a size along ``dim`` that is no multiple of m, and counts
+        virtual zeros after it.
 
     Returns:
         The packed weight, of the same shape, dtype and device.
 
-    Raises:
-        TypeError: If an argument is of the wrong type or dtype.
-        ValueError: If ``w`` violates the pattern and ``prune`` is False (the first offending group is named), or if an
-            argument is out of range.
+    Raises: TypeError: If an argument is of the wrong type or dtype. ValueError: If ``w`` violates the pattern
+        and ``prune`` is False (the first offending group is named), or if an argument is out of range.
     """
     if isinstance(w, NMTensor):
         raise TypeError(f"w must be a dense Tensor, got an NMTensor packed as {w.pattern}; use w.to_dense()")
@@ -391,21 +424,21 @@ def compress(
     return portable.with_engine(None)
 
 
-def _refuse_violation(w: Tensor, pattern: Pattern, dim: int, remainder: str) -> None:
+def _refuse_violation(w: Tensor, pattern: Pattern, dim: int, remainder: Remainder) -> None:
     violation = ops.find_violation(w, pattern, dim=dim, remainder=remainder)
     if violation is not None:
         raise ValueError(
-            f"w does not satisfy {pattern}: the group along dim {dim} that starts at {list(violation.index)} has "
-            f"{violation.kept} nonzeros, at most {pattern.n} are allowed. Train or prune it with that pattern, or pass "
-            "prune=True"
+            f"w does not satisfy {pattern}: the group along dim {dim} that starts at {list(violation.index)} "
+            f"has {violation.kept} nonzeros, at most {pattern.n} are allowed. Train or prune it with that "
+            "pattern, or pass prune=True"
         )
 
 
-def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: N803 - as in the papers
+def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiplies with a packed (or dense) weight.
 
-    Equivalent to ``F.linear(x, W.to_dense(), bias)``. Differentiable in ``x``, in ``bias``, and in the values of a
-    packed weight that was made by `compress` from a weight that requires gradients.
+    Equivalent to ``F.linear(x, W.to_dense(), bias)``. Differentiable in ``x``, in ``bias``, and in the values
+    of a packed weight that was made by `compress` from a weight that requires gradients.
 
     Args:
         x: ``[..., in]``.

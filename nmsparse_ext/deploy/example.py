@@ -1,0 +1,98 @@
+"""Running a model once on an example input, to see what reaches each module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ExampleInput = Tensor | tuple | Mapping[str, Any]
+
+#: ``(module, args, kwargs)`` before its forward.
+Before = Callable[[nn.Module, tuple, dict[str, Any]], None]
+#: ``(module, args, kwargs, output)`` after it.
+After = Callable[[nn.Module, tuple, dict[str, Any], Any], None]
+
+
+def run_example(
+    model: nn.Module,
+    example_input: ExampleInput,
+    *,
+    before: Mapping[nn.Module, Before] | None = None,
+    after: Mapping[nn.Module, After] | None = None,
+) -> None:
+    """Calls the model once, in eval mode and without gradients; nothing of it stays behind.
+
+    Args:
+        model: The model.
+        example_input: A tensor, a tuple of arguments or a mapping of keyword arguments.
+        before: What to call before the forward of some modules.
+        after: What to call after it.
+
+    Raises:
+        TypeError: If ``example_input`` is none of these.
+    """
+    args, kwargs = _arguments(example_input)
+    hooks = [
+        module.register_forward_pre_hook(hook, with_kwargs=True, prepend=False)
+        for module, hook in (before or {}).items()
+    ]
+    hooks += [module.register_forward_hook(hook, with_kwargs=True) for module, hook in (after or {}).items()]
+    try:
+        with _evaluating(model):
+            getattr(model, "_orig_mod", model)(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def caller_of(model: nn.Module, module: nn.Module) -> nn.Module:
+    """The module whose forward uses ``module``'s weight.
+
+    That is ``module`` itself, but attention multiplies with the weight of its out_proj without calling it.
+    """
+    for parent in model.modules():
+        if isinstance(parent, nn.MultiheadAttention) and parent.out_proj is module:
+            return parent
+    return module
+
+
+def tokens(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """Rows of input that meet ``module``'s weight: tokens of a linear layer, positions of a convolution."""
+    input = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if input is None or not input.numel():
+        return 0
+    channels = module.in_channels if isinstance(module, nn.modules.conv._ConvNd) else input.shape[-1]
+    return input.numel() // channels
+
+
+def _arguments(example_input: ExampleInput) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(example_input, Tensor):
+        return (example_input,), {}
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    if isinstance(example_input, (tuple, list)):
+        return tuple(example_input), {}
+    raise TypeError(
+        "example_input must be a Tensor, a tuple of arguments or a mapping of keyword arguments, "
+        f"got {type(example_input).__name__}"
+    )
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        # The fused transformer layer takes weights without calling the modules that hold them.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, flag in training.items():
+            module.training = flag

@@ -1,0 +1,170 @@
+"""The JSON that describes packed weights inside a safetensors file, written here, and read with suspicion.
+
+A file holds for each packed weight ``<name>.values`` and ``<name>.indices``, and every other tensor under its
+own name. The safetensors metadata (text to text) has one entry ``nmsparse`` with this JSON::
+
+    {"version": 1,
+     "weights": {"fc1.weight": {"pattern": "2:4", "group_dim": 1, "shape": [64, 128],
+                                "remainder": "error", "dtype": "float32", "encoding": "index"}},
+     "aliases": {"head.weight": "embed.weight"}}
+
+``aliases`` lists further names of tied tensors, packed or not, which are stored once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .._checks import MAX_DIMS, WEIGHT_DTYPES
+from ..errors import FormatError
+from ..pattern import Pattern
+from ..tensor import NMTensor
+
+METADATA_KEY = "nmsparse"
+VERSION = 1
+VALUES = ".values"
+INDICES = ".indices"
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
+_MAX_SIZE = (
+    1 << 40
+)  # of one dim; far above any weight, far below where products of five overflow in our index maths
+
+
+@dataclass(frozen=True)
+class PackedEntry:
+    """One packed weight as the metadata describes it."""
+
+    pattern: Pattern
+    group_dim: int
+    shape: tuple[int, ...]
+    remainder: str
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weight: NMTensor) -> PackedEntry:
+        """Describes ``weight``."""
+        values = weight.values
+        return cls(weight.pattern, weight.group_dim, tuple(weight.shape), weight.remainder, values.dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as plain JSON types."""
+        return {
+            "pattern": str(self.pattern),
+            "group_dim": self.group_dim,
+            "shape": list(self.shape),
+            "remainder": self.remainder,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "encoding": self.pattern.encoding,
+        }
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file says about itself."""
+
+    weights: dict[str, PackedEntry] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def to_metadata(self) -> dict[str, str]:
+        """The safetensors metadata; ``format`` is what other readers of PyTorch files look for."""
+        content = {
+            "version": VERSION,
+            "weights": {name: entry.to_json() for name, entry in self.weights.items()},
+            "aliases": self.aliases,
+        }
+        return {"format": "pt", METADATA_KEY: json.dumps(content, ensure_ascii=False, separators=(",", ":"))}
+
+
+def parse_metadata(metadata: Mapping[str, str] | None) -> Contents:
+    """Reads what `Contents.to_metadata` writes; a file without our entry holds dense tensors only.
+
+    Raises: FormatError: If the entry is not exactly what the format says; the message names the weight and
+        the reason.
+    """
+    text = (metadata or {}).get(METADATA_KEY)
+    if text is None:
+        return Contents()
+    try:
+        content = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"metadata entry {METADATA_KEY!r} is no JSON: {error}") from None
+    content = _object("metadata", content, {"version", "weights", "aliases"})
+    version = content["version"]
+    if type(version) is not int or version != VERSION:
+        raise FormatError(
+            f"format version {version!r} is not known to this release, which reads version {VERSION}"
+        )
+    if not isinstance(content["weights"], dict):
+        raise FormatError(f"'weights' must be an object, got {_brief(content['weights'])}")
+    weights = {name: _entry(name, entry) for name, entry in content["weights"].items()}
+    return Contents(weights, _aliases(content["aliases"]))
+
+
+def _entry(name: str, content: Any) -> PackedEntry:
+    where = f"weight {name!r}"
+    content = _object(where, content, {"pattern", "group_dim", "shape", "remainder", "dtype", "encoding"})
+    if not isinstance(content["pattern"], str):
+        raise FormatError(f"{where}: pattern must be text, got {_brief(content['pattern'])}")
+    try:
+        pattern = Pattern.parse(content["pattern"])
+    except ValueError as error:
+        raise FormatError(f"{where}: {error}") from None
+    shape = content["shape"]
+    if not isinstance(shape, list) or not 1 <= len(shape) <= MAX_DIMS:
+        raise FormatError(f"{where}: shape must be a list of 1 to {MAX_DIMS} sizes, got {_brief(shape)}")
+    if any(type(size) is not int or not 0 <= size <= _MAX_SIZE for size in shape):
+        raise FormatError(f"{where}: sizes must be integers from 0 to {_MAX_SIZE}, got {_brief(shape)}")
+    group_dim = content["group_dim"]
+    if type(group_dim) is not int or not 0 <= group_dim < len(shape):
+        raise FormatError(f"{where}: group_dim must be in [0, {len(shape)}), got {_brief(group_dim)}")
+    remainder = content["remainder"]
+    if remainder not in ("error", "pad"):
+        raise FormatError(f"{where}: remainder must be 'error' or 'pad', got {_brief(remainder)}")
+    if remainder == "error" and shape[group_dim] % pattern.m:
+        raise FormatError(
+            f"{where}: size {shape[group_dim]} of group dim {group_dim} is no multiple of m = {pattern.m}, "
+            "and remainder is 'error'"
+        )
+    dtype = content["dtype"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise FormatError(f"{where}: dtype must be one of {', '.join(_DTYPES)}, got {_brief(dtype)}")
+    if content["encoding"] != pattern.encoding:
+        raise FormatError(
+            f"{where}: encoding of {pattern} is {pattern.encoding!r}, got {_brief(content['encoding'])}"
+        )
+    return PackedEntry(pattern, group_dim, tuple(shape), remainder, _DTYPES[dtype])
+
+
+def _aliases(content: Any) -> dict[str, str]:
+    if not isinstance(content, dict):
+        raise FormatError(f"'aliases' must be an object, got {_brief(content)}")
+    for alias, name in content.items():
+        if not isinstance(name, str):
+            raise FormatError(f"alias {alias!r} must name a tensor, got {_brief(name)}")
+        if name in content:
+            raise FormatError(f"alias {alias!r} points to {name!r}, which is an alias itself")
+    return content
+
+
+def _object(where: str, content: Any, keys: set[str]) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise FormatError(f"{where} must be a JSON object, got {_brief(content)}")
+    if content.keys() != keys:
+        missing, unknown = sorted(keys - content.keys()), sorted(content.keys() - keys)
+        raise FormatError(f"{where}: missing entries {missing}, unknown entries {_brief(unknown)}")
+    return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

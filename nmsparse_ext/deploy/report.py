@@ -1,0 +1,134 @@
+"""What `convert` did with each weight, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, overload
+
+from torch import nn
+
+from .table import number, table
+
+_ATTRIBUTE = "_nmsparse_report"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One weight of a converted model.
+
+    Attributes: name: Parameter name. pattern: Its pattern as text; ``None`` if none was found or given.
+        tokens: Rows of input that one run of the example multiplies with it; ``None`` if not measured.
+        dense_ms: Median time of its module with the dense weight, summed over that run; ``None`` if not
+        measured. packed_ms: The same with the packed weight. dense_bytes: Bytes of the dense weight.
+        packed_bytes: Bytes of the packed weight, with what its engine keeps; ``None`` without a pattern.
+        engine: The engine that runs, or would run, the packed weight; ``None`` without a pattern. choice:
+        ``"packed"`` or ``"dense"``. reason: Why, in words.
+    """
+
+    name: str
+    pattern: str | None
+    tokens: int | None
+    dense_ms: float | None
+    packed_ms: float | None
+    dense_bytes: int
+    packed_bytes: int | None
+    engine: str | None
+    choice: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report(Sequence[LayerReport]):
+    """The rows of all weights, in the model's order; ``print`` shows them as a table."""
+
+    rows: tuple[LayerReport, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> LayerReport: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[LayerReport, ...]: ...
+    def __getitem__(self, index: int | slice) -> LayerReport | tuple[LayerReport, ...]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.rows)
+
+    @property
+    def packed(self) -> tuple[str, ...]:
+        """Names of the weights that are packed now."""
+        return tuple(row.name for row in self.rows if row.choice == "packed")
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all weights, were they dense."""
+        return sum(row.dense_bytes for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights as they are now."""
+        return sum(_bytes_now(row) for row in self.rows)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The rows as plain JSON types."""
+        return [asdict(row) for row in self.rows]
+
+    def __str__(self) -> str:
+        head = (
+            "layer",
+            "pattern",
+            "tokens",
+            "dense ms",
+            "packed ms",
+            "dense bytes",
+            "packed bytes",
+            "choice",
+            "reason",
+        )
+        body = [
+            (
+                row.name,
+                row.pattern or "-",
+                number(row.tokens),
+                _milliseconds(row.dense_ms),
+                _milliseconds(row.packed_ms),
+                number(row.dense_bytes),
+                number(row.packed_bytes),
+                row.choice,
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        total = f"{len(self.packed)} of {len(self)} weights packed; "
+        total += f"{self.bytes:,} bytes of {self.dense_bytes:,} dense"
+        return f"{table(head, body, words=(0, 1, 7, 8))}\n{total}"
+
+
+def report(model: nn.Module) -> Report:
+    """Returns the report of the last `convert` of ``model``.
+
+    Raises:
+        ValueError: If it has not been converted.
+    """
+    found = getattr(getattr(model, "_orig_mod", model), _ATTRIBUTE, None)
+    if found is None:
+        raise ValueError(
+            f"this {type(model).__name__} has not been converted: call nmsparse_ext.convert first"
+        )
+    return found
+
+
+def attach(model: nn.Module, rows: Sequence[LayerReport]) -> None:
+    """Keeps a report with its model, so that copies have it too; it is no part of the state dict."""
+    setattr(model, _ATTRIBUTE, Report(tuple(rows)))
+
+
+def _bytes_now(row: LayerReport) -> int:
+    return row.packed_bytes if row.choice == "packed" and row.packed_bytes is not None else row.dense_bytes
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

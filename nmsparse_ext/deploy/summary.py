@@ -1,0 +1,193 @@
+"""What is sparse in a model, and what that saves: per weight the pattern, parameters, MACs and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, overload
+
+from torch import Tensor, nn
+
+from ..pattern import Pattern
+from ..scheme import Scheme, as_scheme
+from ..tensor import NMTensor
+from ..weights import Weight, weights
+from .detect import detect_pattern, has_nonzero
+from .example import ExampleInput, caller_of, run_example, tokens
+from .table import number, table
+
+
+@dataclass(frozen=True)
+class WeightSummary:
+    """One weight.
+
+    Attributes:
+        name: Parameter name.
+        shape: Its shape.
+        pattern: Its pattern as text; ``None`` if it is dense.
+        reason: Why it is dense, or where the pattern comes from.
+        params: How many weights it has.
+        kept: How many of them the pattern keeps.
+        macs: Multiply-accumulates of one run of the example, were it dense; ``None`` without an example.
+        kept_macs: The same with the pattern.
+        dense_bytes: Bytes of the dense weight.
+        bytes: Bytes with the pattern, packed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str | None
+    reason: str
+    params: int
+    kept: int
+    macs: int | None
+    kept_macs: int | None
+    dense_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Summary(Sequence[WeightSummary]):
+    """All weights, in the model's order; ``print`` shows them as a table with totals."""
+
+    rows: tuple[WeightSummary, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> WeightSummary: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[WeightSummary, ...]: ...
+    def __getitem__(self, index: int | slice) -> WeightSummary | tuple[WeightSummary, ...]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[WeightSummary]:
+        return iter(self.rows)
+
+    def total(self, column: str) -> int | None:
+        """Sum of a column of numbers; ``None`` if it was not measured."""
+        values = [getattr(row, column) for row in self.rows]
+        return None if None in values else sum(values)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The rows as plain JSON types."""
+        return [asdict(row) for row in self.rows]
+
+    def __str__(self) -> str:
+        numbers = ("params", "kept", "macs", "kept_macs", "dense_bytes", "bytes")
+        body = [
+            [row.name, "x".join(map(str, row.shape)), row.pattern or "dense"]
+            + [number(getattr(row, column)) for column in numbers]
+            + [row.reason]
+            for row in self.rows
+        ]
+        body.append(["total", "", ""] + [number(self.total(column)) for column in numbers] + [""])
+        head = [
+            "weight",
+            "shape",
+            "pattern",
+            "params",
+            "kept",
+            "MACs",
+            "kept MACs",
+            "dense bytes",
+            "bytes",
+            "why",
+        ]
+        return table(head, body, words=(0, 1, 2, 9))
+
+
+def summary(
+    model: nn.Module,
+    scheme: Scheme | Mapping[str, Pattern | str] | Pattern | str | None = None,
+    example_input: ExampleInput | None = None,
+) -> Summary:
+    """Lists the weights of two or more dims with their pattern and what it saves.
+
+    Args: model: The model, packed or not. scheme: Patterns to assume. ``None`` takes those of packed weights,
+        and detects those that dense weights hold. example_input: A tensor, a tuple of arguments or a mapping
+        of keyword arguments, to count MACs with: the model runs once on it.
+
+    Returns:
+        One row for each weight, tied ones once.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If ``scheme`` does not match the model.
+    """
+    given = None if scheme is None else as_scheme(scheme, model)
+    named = {} if given is None else given.resolve(model)
+    everything = weights(model)
+    macs = None if example_input is None else _count_macs(model, everything, example_input)
+    rows = []
+    for weight in everything:
+        parameter = weight.parameter
+        pattern: Pattern | None
+        if isinstance(parameter, NMTensor):
+            pattern, reason = parameter.pattern, "packed"
+        elif given is not None:
+            pattern = named[weight.name].pattern if weight.name in named else None
+            reason = "scheme" if pattern is not None else given.dense.get(weight.name, "not in the scheme")
+        else:
+            pattern, reason = _detected(weight)
+        rows.append(_row(weight, pattern, reason, None if macs is None else macs[weight.name]))
+    return Summary(tuple(rows))
+
+
+def _detected(weight: Weight) -> tuple[Pattern | None, str]:
+    if weight.dense_because is not None or weight.group_dim is None:
+        return None, weight.dense_because or ""
+    parameter = weight.parameter.detach()
+    if not has_nonzero(parameter):
+        return None, "all weights are zero"
+    found = detect_pattern(parameter, dim=weight.group_dim, allowed=lambda p: weight.misfit(p) is None)
+    return found, "holds none of the usual patterns" if found is None else "detected"
+
+
+def _row(weight: Weight, pattern: Pattern | None, reason: str, macs: int | None) -> WeightSummary:
+    shape, itemsize = tuple(weight.parameter.shape), weight.parameter.itemsize
+    params = kept = weight.parameter.shape.numel()
+    nbytes = dense_bytes = params * itemsize
+    kept_macs = macs
+    if pattern is not None and weight.group_dim is not None:
+        # A short last group keeps at most what it has, so count groups of whole rows.
+        k = shape[weight.group_dim]
+        kept_of_k = k // pattern.m * pattern.n + min(k % pattern.m, pattern.n)
+        kept = params // k * kept_of_k if k else 0
+        kept_macs = None if macs is None else macs * kept_of_k // k if k else 0
+        nbytes = pattern.packed_bytes(shape, weight.group_dim, itemsize)
+    text = None if pattern is None else str(pattern)
+    return WeightSummary(weight.name, shape, text, reason, params, kept, macs, kept_macs, dense_bytes, nbytes)
+
+
+def _count_macs(
+    model: nn.Module, everything: Sequence[Weight], example_input: ExampleInput
+) -> dict[str, int]:
+    """MACs of each weight in one run, dense."""
+    macs = dict.fromkeys((weight.name for weight in everything), 0)
+    owned: dict[nn.Module, list[tuple[Weight, nn.Module]]] = {}
+    for weight in everything:
+        for module, _ in weight.places:
+            owned.setdefault(caller_of(model, module), []).append((weight, module))
+
+    def after_forward(caller: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        for weight, module in owned[caller]:
+            macs[weight.name] += _macs(caller, module, weight.parameter, args, kwargs, output)
+
+    run_example(model, example_input, after=dict.fromkeys(owned, after_forward))
+    return macs
+
+
+def _macs(
+    caller: nn.Module, module: nn.Module, weight: Tensor, args: tuple, kwargs: Mapping[str, Any], output: Any
+) -> int:
+    size = weight.shape.numel()
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return 0  # looks up, multiplies nothing
+    if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+        return output.numel() // module.out_channels * size  # every output position meets the whole weight
+    if isinstance(caller, nn.MultiheadAttention) and module is caller and weight is caller.in_proj_weight:
+        sources = [*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)][:3]
+        return sum(source.numel() // source.shape[-1] for source in sources) * size // 3
+    return tokens(module, args, kwargs) * size
