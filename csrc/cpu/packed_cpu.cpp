@@ -24,6 +24,7 @@ std::tuple<Tensor, Tensor> compress_cpu(const Tensor& w, int64_t n, int64_t m, i
   const int64_t row_groups = ceil_div(panels.k, m);
   const int64_t row_bytes = index_row_bytes(format, row_groups);
   const int64_t element = static_cast<int64_t>(w.element_size());
+  const bool stream = values.numel() * element >= kStreamBytes;
   const CompressFn run = kernels().compress[static_cast<int>(dtype)];
   parallel_tiles(panels, 8 * m, [&](const Tile& tile) {
     const int64_t first_group = tile.first_k / m;
@@ -39,6 +40,7 @@ std::tuple<Tensor, Tensor> compress_cpu(const Tensor& w, int64_t n, int64_t m, i
     p.k = tile.k;
     p.n = static_cast<int>(n);
     p.m = static_cast<int>(m);
+    p.stream = stream;
     run(p);
   });
   return {values, indices};

@@ -46,6 +46,7 @@ struct CompressPanel {
   int64_t indices_row;
   int64_t rows, k;
   int n, m;
+  bool stream;  // write the values past the cache
 };
 
 using SelectFn = void (*)(const SelectPanel&);

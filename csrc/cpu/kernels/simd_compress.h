@@ -1,0 +1,142 @@
+// Compression: the kept values of each row side by side, and the codes of their places.
+//
+// Note    Included inside a target region, after simd_rows.h.
+#pragma once
+
+// ---- Codes. The masks of 64 keys become the codes of their groups; for every m here these fill whole bytes. ----
+
+// 2:4 and, generally, anything that is looked up per group of four: entry [mask] is the group's code.
+template <int kN>
+struct NibbleCodes {
+  alignas(16) uint8_t code[16] = {};
+  constexpr NibbleCodes() {
+    for (int mask = 0; mask < 16; ++mask)
+      for (int i = 0, shift = 0; i < 4 && shift < 2 * kN; ++i)
+        if (mask >> i & 1) {
+          code[mask] = static_cast<uint8_t>(code[mask] | i << shift);
+          shift += 2;
+        }
+  }
+};
+
+struct Codes24 {
+  static constexpr int kBytes = 8;
+  NMS_INLINE uint64_t operator()(uint64_t masks) const {  // a nibble of the mask -> idx0 | idx1 << 2
+    static constexpr NibbleCodes<2> kTable;
+    const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(kTable.code));
+    const __m128i nibble = _mm_set1_epi8(15);
+    const __m128i bytes = _mm_cvtsi64_si128(static_cast<int64_t>(masks));
+    const __m128i low = _mm_shuffle_epi8(table, _mm_and_si128(bytes, nibble));
+    const __m128i high = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble));
+    return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_or_si128(low, _mm_slli_epi16(high, 4))));
+  }
+};
+
+struct Codes14 {
+  static constexpr int kBytes = 4;
+  NMS_INLINE uint64_t operator()(uint64_t masks) const {  // one bit of four -> its place, in two bits
+    const uint64_t bit0 = (masks >> 1 | masks >> 3) & 0x1111111111111111;
+    const uint64_t bit1 = (masks >> 2 | masks >> 3) & 0x1111111111111111;
+    return _pext_u64(bit0 | bit1 << 1, 0x3333333333333333);
+  }
+};
+
+struct Codes12 {
+  static constexpr int kBytes = 8;
+  NMS_INLINE uint64_t operator()(uint64_t masks) const { return masks >> 1 & 0x5555555555555555; }
+};
+
+struct CodesAny {
+  PackedFormat format;
+  int kBytes = 64 / format.m * format.group_bits / 8;
+
+  NMS_INLINE uint64_t operator()(uint64_t masks) const {
+    uint64_t codes = 0;
+    for (int group = 0, shift = 0; group < 64; group += format.m, shift += format.group_bits)
+      codes |= encode_group(masks >> group & low_bits(format.m), format) << shift;
+    return codes;
+  }
+};
+
+template <class Codes>
+void write_codes(const uint8_t* mask, int64_t groups, PackedFormat format, Codes codes, uint8_t* out) {
+  const int64_t word_groups = 64 / format.m;
+  for (; groups >= word_groups; groups -= word_groups, mask += 8, out += codes.kBytes) {
+    uint64_t masks;
+    std::memcpy(&masks, mask, 8);
+    const uint64_t code = codes(masks);
+    std::memcpy(out, &code, static_cast<size_t>(codes.kBytes));
+  }
+  if (groups > 0) {
+    uint64_t masks = 0;
+    std::memcpy(&masks, mask, static_cast<size_t>((groups * format.m + 7) / 8));
+    const int used = static_cast<int>(groups) * format.group_bits;
+    const uint64_t code = codes(masks) & low_bits(used);
+    std::memcpy(out, &code, static_cast<size_t>((used + 7) / 8));
+  }
+}
+
+// out = the codes of `groups` groups, beginning at a byte.
+inline void write_codes(const uint8_t* mask, int64_t groups, PackedFormat format, uint8_t* out) {
+  if (format.index_bits == 0) return copy_bits(mask, groups * format.m, out);
+  if (format.m == 4 && format.n == 2) return write_codes(mask, groups, format, Codes24{}, out);
+  if (format.m == 4 && format.n == 1) return write_codes(mask, groups, format, Codes14{}, out);
+  if (format.m == 2 && format.n == 1) return write_codes(mask, groups, format, Codes12{}, out);
+  write_codes(mask, groups, format, CodesAny{format}, out);
+}
+
+// ---- Values ----
+
+// The elements that have a bit, side by side. Works in whole steps of the compressor: both buffers, and the mask, have
+// room behind their end, and what is written behind the packed elements is of no use.
+template <int kSize>
+void pack_kept(const char* elements, const uint8_t* mask, int64_t count, char* values) {
+  constexpr int kStep = Compressor<kSize>::kCount;
+  int64_t packed = 0;
+  for (int64_t i = 0; i < count; i += kStep) {
+    uint16_t bits = mask[i / 8];
+    if constexpr (kStep == 16) bits = static_cast<uint16_t>(bits | mask[i / 8 + 1] << 8);
+    Compressor<kSize>::pack(elements + i * kSize, bits, values + packed * kSize);
+    packed += __builtin_popcount(bits);
+  }
+}
+
+inline void copy_bytes(const void* src, void* dst, int64_t bytes, bool past_cache) {
+  const char* from = static_cast<const char*>(src);
+  char* to = static_cast<char*>(dst);
+  int64_t i = 0;
+  if (past_cache && is_aligned(to, kVectorBytes))
+    for (; i + kVectorBytes <= bytes; i += kVectorBytes) stream(to + i, load(from + i));
+  std::memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
+}
+
+// What    Chooses along rows, packs the values in the first-level cache, and writes them and the codes.
+// Layout  As CompressPanel. Packing goes to a buffer first because each step writes a whole vector, of which only the
+//         front is meant, and because whole chunks can then be streamed.
+template <DType D>
+void compress(const CompressPanel& p) {
+  if (!has_chooser(p.m)) return scalar_kernels().compress[static_cast<int>(D)](p);
+  using Bits = BitsOf<D>;
+  constexpr int kSize = sizeof(Bits);
+  constexpr int64_t kRoom = 64 / kSize;  // elements of the widest vector
+  const PackedFormat format = packed_format(p.n, p.m);
+  alignas(64) Bits padded[kChunk + kRoom] = {};
+  alignas(64) Bits packed[kChunk + kRoom];
+  choose_rows<D>(p.src, p.src_row, p.src_k, p.rows, p.k, p.n, p.m,
+                 [&](int64_t row, int64_t first, int64_t count, const Bits* elements, const uint8_t* mask) {
+                   const int64_t groups = (count + p.m - 1) / p.m;
+                   const int64_t whole = groups * p.m;
+                   if (count != kChunk) {  // virtual zeros behind a short group; room to read behind any row's end
+                     std::memcpy(padded, elements, static_cast<size_t>(count) * kSize);
+                     for (int64_t i = count; i < whole; ++i) padded[i] = 0;
+                     elements = padded;
+                   }
+                   pack_kept<kSize>(reinterpret_cast<const char*>(elements), mask, whole,
+                                    reinterpret_cast<char*>(packed));
+                   Bits* values = static_cast<Bits*>(p.values) + row * p.values_row + first / p.m * p.n;
+                   copy_bytes(packed, values, groups * p.n * kSize, p.stream);
+                   write_codes(mask, groups, format,
+                               p.indices + row * p.indices_row + first / p.m * format.group_bits / 8);
+                 });
+  if (p.stream) _mm_sfence();
+}

@@ -1,0 +1,236 @@
+// From elements to keys, and from masks back to elements, along contiguous rows and across interleaved ones.
+//
+// Note    Included inside a target region, after simd_choose.h.
+#pragma once
+
+template <DType D>
+using BitsOf = typename Element<D>::Bits;
+
+// Keys of kLanes elements, from their raw bits.
+//
+// 8-bit elements tie all the time, and their lanes have room to spare: the place in the group, counted down, goes below
+// the magnitude, so that no two keys of a group are equal. `place` is the element's place in its row, modulo 32.
+template <DType D>
+struct Keys {
+  using E = Elements<sizeof(BitsOf<D>)>;
+  using L = typename E::Lanes;
+
+  static NMS_INLINE Vec from(Vec raw, Vec /* countdown */) {
+    const Vec magnitude = bit_and(raw, L::broadcast(static_cast<typename L::Key>(Element<D>::kMagnitude)));
+    return L::min(magnitude, L::broadcast(Element<D>::kNaN));
+  }
+  static NMS_INLINE Vec countdown_along(int64_t /* place */) { return zero(); }
+  static NMS_INLINE Vec countdown_across(int64_t /* place */) { return zero(); }
+};
+
+struct Countdown {
+  int16_t from31[32] = {};
+  constexpr Countdown() {
+    for (int i = 0; i < 32; ++i) from31[i] = static_cast<int16_t>(31 - i);
+  }
+};
+
+struct ByteKeys {
+  using E = Elements<1>;
+  using L = Lanes16;
+
+  // The lanes stand at `place` (a multiple of kLanes), place + 1, ...
+  static NMS_INLINE Vec countdown_along(int64_t place) {
+    static constexpr Countdown kCountdown;
+    return load(kCountdown.from31 + place % 32);
+  }
+  // All lanes stand at `place`.
+  static NMS_INLINE Vec countdown_across(int64_t place) { return L::broadcast(static_cast<int16_t>(31 - place % 32)); }
+};
+
+template <>
+struct Keys<DType::kInt8> : ByteKeys {
+  static NMS_INLINE Vec from(Vec raw, Vec countdown) {
+    return L::add(shift_left16<5>(absolute16(raw)), countdown);
+  }
+};
+
+template <>
+struct Keys<DType::kFloat8E4M3> : ByteKeys {  // all magnitudes above 0x7e are 0x7f, the one NaN
+  static NMS_INLINE Vec from(Vec raw, Vec countdown) {
+    return L::add(shift_left16<5>(bit_and(raw, L::broadcast(0x7f))), countdown);
+  }
+};
+
+constexpr int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
+
+inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// keys[0..padded) = keys of row[0..count), then zeros: the virtual weights behind a short last group. May write up to a
+// vector more.
+template <DType D>
+void load_keys(const BitsOf<D>* row, int64_t count, int64_t padded, typename Keys<D>::L::Key* keys) {
+  using K = Keys<D>;
+  constexpr int kLanes = K::L::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(keys + i, K::from(K::E::raw(row + i), K::countdown_along(i)));
+  if (i < count) {
+    const Vec raw = K::E::raw_first(row + i, static_cast<int>(count - i));
+    store(keys + i, K::from(raw, K::countdown_along(i)));
+    i += kLanes;
+  }
+  for (; i < padded; i += kLanes) store(keys + i, zero());
+}
+
+// dst[0..count) = src where the mask has a bit, else 0. dst may be src.
+template <int kSize, bool kStream>
+void copy_kept(const char* src, char* dst, const uint8_t* mask, int64_t count) {
+  using E = Elements<kSize>;
+  using StepBits = typename E::StepBits;
+  constexpr int kStep = E::kStep;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    StepBits bits;
+    std::memcpy(&bits, mask + i / 8, sizeof(bits));
+    const Vec kept = E::kept(src + i * kSize, bits);
+    if constexpr (kStream)
+      stream(dst + i * kSize, kept);
+    else
+      store(dst + i * kSize, kept);
+  }
+  if (i < count) {
+    const int rest = static_cast<int>(count - i);
+    StepBits bits = 0;
+    std::memcpy(&bits, mask + i / 8, static_cast<size_t>((rest + 7) / 8));
+    E::store_first(dst + i * kSize, E::kept_first(src + i * kSize, bits, rest), rest);
+  }
+}
+
+template <int kSize>
+void copy_kept(const char* src, char* dst, const uint8_t* mask, int64_t count, bool past_cache) {
+  if (past_cache && is_aligned(dst, kVectorBytes))
+    copy_kept<kSize, true>(src, dst, mask, count);
+  else
+    copy_kept<kSize, false>(src, dst, mask, count);
+}
+
+// The first `count` bits of the mask, and zeros up to the end of the last byte.
+inline void copy_bits(const uint8_t* mask, int64_t count, uint8_t* bits) {
+  const int64_t whole = count / 8;
+  std::memcpy(bits, mask, static_cast<size_t>(whole));
+  if (count % 8 != 0) bits[whole] = static_cast<uint8_t>(mask[whole] & low_bits(static_cast<int>(count % 8)));
+}
+
+template <class Bits>
+void gather(const Bits* src, int64_t stride, int64_t count, Bits* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = src[i * stride];
+}
+
+template <class Bits>
+void scatter(const Bits* in, int64_t count, Bits* dst, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) dst[i * stride] = in[i];
+}
+
+// What    Chooses along rows, in chunks that stay in the first-level cache: keys, then masks; `emit` does the rest.
+// Layout  A chunk is a part of one long row, or several short rows, each padded to whole groups and whole mask bytes.
+// Launch  emit(row, first_k, count, elements, mask): `count` contiguous elements of a row, and their mask. The elements
+//         are the source's own, or a copy where src_k != 1.
+constexpr int64_t kChunk = 1024;  // a multiple of every chooser's block
+
+template <DType D, class Emit>
+void choose_rows(const void* src, int64_t src_row, int64_t src_k, int64_t rows, int64_t k, int n, int m, Emit emit) {
+  using Bits = BitsOf<D>;
+  using L = typename Keys<D>::L;
+  if (k == 0) return;
+  const Chooser<L> chooser = find_chooser<L>(n, m);
+  const int64_t unit = m > 8 ? m : 8;
+  const int64_t padded_row = round_up(k, unit);
+  const int64_t together = padded_row < kChunk ? kChunk / padded_row : 1;  // rows per chunk
+  alignas(64) typename L::Key keys[kChunk + L::kLanes] = {};
+  alignas(64) uint64_t words[kChunk / 64];
+  alignas(64) Bits copies[kChunk];
+
+  for (int64_t row = 0; row < rows; row += together) {
+    const int64_t chunk_rows = rows - row < together ? rows - row : together;
+    for (int64_t first = 0; first < k; first += kChunk) {
+      const int64_t count = k - first < kChunk ? k - first : kChunk;
+      const int64_t padded = round_up(count, unit);
+      const auto elements_of = [&](int64_t r) {
+        const Bits* elements = static_cast<const Bits*>(src) + (row + r) * src_row + first * src_k;
+        return src_k == 1 ? elements : copies + r * padded;
+      };
+      for (int64_t r = 0; r < chunk_rows; ++r) {
+        if (src_k != 1)
+          gather(static_cast<const Bits*>(src) + (row + r) * src_row + first * src_k, src_k, count,
+                 copies + r * padded);
+        load_keys<D>(elements_of(r), count, padded, keys + r * padded);
+      }
+      chooser.in_rows(keys, round_up(chunk_rows * padded, chooser.block), n, words);
+      for (int64_t r = 0; r < chunk_rows; ++r)
+        emit(row + r, first, count, elements_of(r), reinterpret_cast<const uint8_t*>(words) + r * padded / 8);
+    }
+  }
+}
+
+// ---- Interleaved rows: neighbouring rows are neighbours in memory, the group dim is strided. Lanes are rows. ----
+
+// The mask of up to kLaneKeys elements of kLanes rows: string s of a lane holds elements [s * bits, (s + 1) * bits).
+template <class L>
+struct LaneBits {
+  using Key = typename L::Key;
+  static constexpr int kKeyBits = 8 * sizeof(Key);
+  static constexpr int kStrings = kLaneKeys / kKeyBits;
+
+  // One vector of slack: a strip that begins at lane `l` is read as a whole vector from there.
+  alignas(64) Key strings[(kStrings + 1) * L::kLanes];
+
+  NMS_INLINE uint32_t get(int lane) const {
+    if constexpr (kStrings == 1)
+      return static_cast<uint32_t>(strings[lane]);
+    else
+      return static_cast<uint16_t>(strings[lane]) | static_cast<uint32_t>(strings[L::kLanes + lane]) << 16;
+  }
+  NMS_INLINE void set(int lane, uint32_t bits) {
+    strings[lane] = static_cast<Key>(bits);
+    if constexpr (kStrings == 2) strings[L::kLanes + lane] = static_cast<Key>(bits >> 16);
+  }
+};
+
+// dst = src where kept, for `count` rows (all kLanes if kFull) by `keys` elements; strides along k in elements.
+template <int kSize, bool kFull>
+void copy_kept_across(const char* src, int64_t src_k, char* dst, int64_t dst_k,
+                      const LaneBits<typename Elements<kSize>::Lanes>& bits, int first_lane, int count, int keys,
+                      bool past_cache) {
+  using E = Elements<kSize>;
+  using L = typename E::Lanes;
+  constexpr int kKeyBits = LaneBits<L>::kKeyBits;
+  for (int begin = 0; begin < keys; begin += kKeyBits) {
+    const int end = begin + kKeyBits < keys ? begin + kKeyBits : keys;
+    const Vec string = load(bits.strings + begin / kKeyBits * L::kLanes + first_lane);
+    Vec bit = L::broadcast(1);
+    for (int i = begin; i < end; ++i, bit = L::add(bit, bit)) {
+      const auto kept = L::has_bit(string, bit);
+      if constexpr (!kFull)
+        E::move_kept_first(src + i * src_k * kSize, dst + i * dst_k * kSize, kept, count);
+      else if (past_cache)
+        E::stream_kept(src + i * src_k * kSize, dst + i * dst_k * kSize, kept);
+      else
+        E::move_kept(src + i * src_k * kSize, dst + i * dst_k * kSize, kept);
+    }
+  }
+}
+
+// Streaming needs aligned vectors, and pays only for whole cache lines.
+template <int kSize>
+bool can_stream_across(const void* dst, int64_t dst_k) {
+  constexpr int64_t kBytes = Elements<kSize>::Lanes::kLanes * kSize;
+  return kBytes == 64 && is_aligned(dst, kBytes) && dst_k * kSize % kBytes == 0;
+}
+
+// Calls strip(first_row, rows, first_k, end_k) for strips of kLanes rows by kLaneKeys, and for the last, narrower strip
+// over all of k at once: it fills its lanes with several parts of k.
+template <class L, class Strip>
+NMS_INLINE void for_each_strip(int64_t rows, int64_t k, Strip strip) {
+  const int64_t full_rows = rows / L::kLanes * L::kLanes;
+  for (int64_t first = 0; first < k && full_rows > 0; first += kLaneKeys) {
+    const int64_t end = k - first < kLaneKeys ? k : first + kLaneKeys;
+    for (int64_t row = 0; row < full_rows; row += L::kLanes)
+      strip(std::true_type{}, row, L::kLanes, first, end);
+  }
+  if (full_rows < rows) strip(std::false_type{}, full_rows, static_cast<int>(rows - full_rows), 0, k);
+}
