@@ -14,8 +14,9 @@ constexpr int kMaxM = 64;  // a group's mask fits in one 64-bit word
 
 // Bit i of the result is set when keys[i] is kept. `len` may be smaller than the pattern's m (a short last group):
 // the virtual zeros behind it have the lowest key and the highest indices, so they never displace a real weight.
-template <class Key>
-NMS_HD uint64_t select_group(const Key* keys /* [len] */, int len, int n) {
+// `keys` is a pointer or anything else that can be indexed.
+template <class Keys>
+NMS_HD uint64_t select_group(const Keys& keys /* [len] */, int len, int n) {
   uint64_t kept = 0;
   for (int i = 0; i < len; ++i) {
     int rank = 0;

@@ -1,8 +1,8 @@
 // The exact best transposable 2:4 mask of a 4x4 tile: two kept in every row and in every column.
 //
-// There are 90 such masks. A half tile (two rows) can have only 19 different column counts, and the bottom half must have
-// the complement of the top half's counts. So the best mask is the best over 19 classes of (best top of the class) +
-// (best bottom of the complementary class): about 170 additions and comparisons instead of 90 sums of 8.
+// There are 90 such masks. A half tile (two rows) can have only 19 different column counts, and the bottom half must
+// have the complement of the top half's counts. So the best mask is the best over 19 classes of (best top of the class)
+// + (best bottom of the complementary class): about 170 additions and comparisons instead of 90 sums of 8.
 //
 //   row pattern p     0: ##..   1: #.#.   2: #..#   3: .##.   4: .#.#   5: ..##        complement of p is 5 - p
 //   class of a half   {p, p}: counts 2,2,0,0 (6, one way each)
@@ -29,8 +29,9 @@ NMS_HD double tile_score(double w) {
 
 namespace detail {
 
+template <class Score>
 struct Half {  // the best of a class within a half tile
-  double score;
+  Score score;
   int first, second;  // row patterns
 };
 
@@ -39,7 +40,8 @@ NMS_HD int row_pattern_bits(int pattern) {
   return static_cast<int>(kBits >> (4 * pattern) & 0xF);
 }
 
-NMS_HD void row_sums(const double* row /* [4] */, double* sums /* [6] */) {
+template <class Score>
+NMS_HD void row_sums(const Score* row /* [4] */, Score* sums /* [6] */) {
   sums[0] = row[0] + row[1];
   sums[1] = row[0] + row[2];
   sums[2] = row[0] + row[3];
@@ -48,37 +50,42 @@ NMS_HD void row_sums(const double* row /* [4] */, double* sums /* [6] */) {
   sums[5] = row[2] + row[3];
 }
 
-NMS_HD void prefer(Half& best, double score, int first, int second) {
-  if (score > best.score) best = Half{score, first, second};
+template <class Score>
+NMS_HD void prefer(Half<Score>& best, Score score, int first, int second) {
+  if (score > best.score) best = Half<Score>{score, first, second};
 }
 
-NMS_HD Half pair_class(const double* a, const double* b, int p, int q) {
-  Half best{a[p] + b[q], p, q};
+template <class Score>
+NMS_HD Half<Score> pair_class(const Score* a, const Score* b, int p, int q) {
+  Half<Score> best{a[p] + b[q], p, q};
   if (p != q) prefer(best, a[q] + b[p], q, p);
   return best;
 }
 
-NMS_HD Half complement_class(const double* a, const double* b) {
-  Half best{a[0] + b[5], 0, 5};
+template <class Score>
+NMS_HD Half<Score> complement_class(const Score* a, const Score* b) {
+  Half<Score> best{a[0] + b[5], 0, 5};
   for (int p = 1; p < 6; ++p) prefer(best, a[p] + b[5 - p], p, 5 - p);
   return best;
 }
 
 }  // namespace detail
 
-// Bit 4 * row + column of the result is set when that weight is kept.
-NMS_HD uint32_t select_transposable(const double* scores /* [4][4] */) {
+// Bit 4 * row + column of the result is set when that weight is kept. Score: double, or another type in which the sums
+// of the scores at hand are in the same order.
+template <class Score>
+NMS_HD uint32_t select_transposable(const Score* scores /* [4][4] */) {
   using namespace detail;
-  double r0[6], r1[6], r2[6], r3[6];
+  Score r0[6], r1[6], r2[6], r3[6];
   row_sums(scores, r0);
   row_sums(scores + 4, r1);
   row_sums(scores + 8, r2);
   row_sums(scores + 12, r3);
 
-  double best = -1.0;  // scores are never negative
+  Score best = -1;  // scores are never negative
   uint32_t mask = 0;
-  auto consider = [&](const Half& top, const Half& bottom) {
-    const double score = top.score + bottom.score;
+  auto consider = [&](const Half<Score>& top, const Half<Score>& bottom) {
+    const Score score = top.score + bottom.score;
     if (score > best) {
       best = score;
       mask = static_cast<uint32_t>(row_pattern_bits(top.first) | row_pattern_bits(top.second) << 4 |
