@@ -18,7 +18,9 @@ from .pattern import Pattern
 
 if TYPE_CHECKING:
     from ._build import build_info
-    from .deploy import convert, load_file, load_into, save_file, summary
+    from .deploy import load_file, load_into, save_file
+    from .deploy.convert import convert
+    from .deploy.summary import summary
     from .scheme import Scheme
     from .tensor import NMTensor, compress, linear
     from .train import Sparsifier
