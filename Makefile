@@ -33,8 +33,8 @@ help:  ## list the targets
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip $(PIP_INSTALL) --upgrade pip "setuptools>=65" wheel
-	$(BIN)/python -m pip $(PIP_INSTALL) "torch==$(TORCH)"
+	$(BIN)/python -m pip $(PIP_INSTALL) --upgrade pip
+	$(BIN)/python -m pip $(PIP_INSTALL) "torch==$(TORCH)" setuptools wheel
 	@# Editable and without the extension: the rule below builds that in place, and again only what changed.
 	NMSPARSE_REFERENCE=1 $(BIN)/python -m pip $(PIP_INSTALL) --no-build-isolation --editable ".[dev]"
 	@touch $@
@@ -77,8 +77,8 @@ sanitize: $(VENV)/.installed  ## the torch-free C++ tests under the address and 
 # ---- CUDA ----
 $(VENV_CUDA)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV_CUDA)
-	$(VENV_CUDA)/bin/python -m pip $(PIP_INSTALL) --upgrade pip "setuptools>=65" wheel ninja nvidia-cuda-cuobjdump
-	$(VENV_CUDA)/bin/python -m pip $(PIP_INSTALL) "torch==$(TORCH_CUDA)"
+	$(VENV_CUDA)/bin/python -m pip $(PIP_INSTALL) --upgrade pip
+	$(VENV_CUDA)/bin/python -m pip $(PIP_INSTALL) "torch==$(TORCH_CUDA)" setuptools wheel ninja nvidia-cuda-cuobjdump
 	NMSPARSE_REFERENCE=1 $(VENV_CUDA)/bin/python -m pip $(PIP_INSTALL) --no-build-isolation ".[test]"
 	@touch $@
 

@@ -9,7 +9,8 @@ cd "$(dirname "$0")/.."
 export CUDA_HOME=${CUDA_HOME:-$(scripts/find_cuda.sh)}
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-8.0;9.0}
 export NMSPARSE_CUDA=1
-export PATH="$PWD/$VENV/bin:$PATH"
+PATH="$(realpath "$VENV")/bin:$PATH"
+export PATH
 
 # A build folder of its own: the in-place CPU build keeps its objects, and this one stays incremental too.
 rm -rf build/cuda/dist build/cuda/lib*
