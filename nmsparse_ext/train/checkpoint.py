@@ -30,9 +30,11 @@ class StateHooks:
     def after_state_dict(self, optimizer: torch.optim.Optimizer, state_dict: StateDict) -> None:
         """The state dict post-hook: adds what is not there before the first step, and the exact step."""
         self._stepper.catch_up()
+        state = state_dict["state"]
         for key, weight in self._saved(state_dict):
-            if weight is not None:
-                state_dict["state"][key] = {**state_dict["state"].get(key, {}), **weight.state}
+            # An empty entry for parameters without state: torch.distributed.checkpoint takes state of some parameters
+            # only for a damaged one.
+            state[key] = {**state.get(key, {}), **(weight.state if weight is not None else {})}
         step = self._stepper.log.step
         for group in state_dict["param_groups"]:
             group[STEP_KEY] = step
@@ -43,7 +45,7 @@ class StateHooks:
         Raises:
             ValueError: If the state holds a dense weight that is none of the scheme, or of another shape.
         """
-        self._stepper.catch_up()
+        self._stepper.recover()
         self._incoming = []
         state = dict(state_dict["state"])
         for key, weight in self._saved(state_dict):

@@ -314,6 +314,7 @@ class Sparsifier:
             )
         for name, weight in self._weights.items():
             weight.check_state(saved[name][DENSE_KEY], saved[name][BITS_KEY])
+        self._stepper.recover()
         for name, weight in self._weights.items():
             weight.pattern = weight.mask_pattern = Pattern.parse(state["patterns"][name])
             weight.load_state(saved[name][DENSE_KEY], saved[name][BITS_KEY])

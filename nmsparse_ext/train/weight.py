@@ -181,7 +181,7 @@ class SparseWeight:
                 f"{self.name} has changed its shape from {list(self.dense.shape)} to {list(local.shape)} under its "
                 f"Sparsifier; finalize() it first, then make a new optimizer and a new Sparsifier"
             )
-        if (local.dtype, local.device) != (self.dense.dtype, self.dense.device):
+        if not _alike(self._dense, self.parameter):
             self._move(local)
         expected = ops.apply_bits(self.dense, self.bits, dim=self.dim)
         written = (local != expected) & ~(local.isnan() & expected.isnan())
@@ -225,6 +225,8 @@ class SparseWeight:
     def load_state(self, dense: Tensor, bits: Tensor) -> None:
         """Takes over saved state, and makes the parameter hold the masked weight."""
         self.check_state(dense, bits)
+        if not _alike(self._dense, self.parameter):
+            self._move(self._local)
         assign(self._dense, dense)
         assign(self._bits, bits)
         if ops.find_violation(ops.apply_bits(self.dense, self.bits, dim=self.dim), self.pattern, dim=self.dim):
