@@ -165,7 +165,8 @@ for _transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
 _COUNTERS[nn.MultiheadAttention] = _attention
 _COUNTERS[nn.RNNBase] = _recurrent
 _COUNTERS[nn.RNNCellBase] = _recurrent
-_COUNTERS[nn.Embedding] = _nothing  # a look-up
+for _embedding in (nn.Embedding, nn.EmbeddingBag):
+    _COUNTERS[_embedding] = _nothing  # a look-up
 _COUNTERS["transformers.pytorch_utils.Conv1D"] = _linear
 _COUNTERS["transformers.models.inkling*.*SharedExperts"] = _shared_experts
 _COUNTERS["transformers.models.*Experts"] = _routed_experts

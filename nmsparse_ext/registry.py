@@ -141,7 +141,8 @@ for _transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
 register_module(nn.MultiheadAttention, {"in_proj_weight": 1, "[qkv]_proj_weight": 1})  # out_proj: a Linear
 register_module(nn.RNNBase, {"weight_[ih][hr]_l*": 1})  # RNN, LSTM, GRU; ih, hh, hr; layers and _reverse
 register_module(nn.RNNCellBase, {"weight_[ih]h": 1})
-_RULES[nn.Embedding] = {"weight": Rule(1, dense_because="embeddings stay dense unless named")}
+for _embedding in (nn.Embedding, nn.EmbeddingBag):
+    _RULES[_embedding] = {"weight": Rule(1, dense_because="embeddings stay dense unless named")}
 
 register_module("transformers.pytorch_utils.Conv1D", {"weight": 0})  # [in, out]
 

@@ -85,10 +85,10 @@ class TestModuleTypes:
         assert group_dims(model) == dict.fromkeys([*lstm, *others, "cell.weight_ih", "cell.weight_hh"], 1)
 
     def test_embeddings_stay_dense_unless_named(self) -> None:
-        model = MixedTypes(embedding=nn.Embedding(10, 8))
-        (weight,) = weights(model)
-        assert weight.group_dim == 1
-        assert weight.dense_because == "embeddings stay dense unless named"
+        model = MixedTypes(embedding=nn.Embedding(10, 8), bag=nn.EmbeddingBag(10, 8))
+        for weight in weights(model):
+            assert weight.group_dim == 1
+            assert weight.dense_because == "embeddings stay dense unless named"
         assert not list(prunable_weights(model))
 
     def test_unknown_types_say_so(self) -> None:

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..macs import count_macs
 from ..pattern import Pattern
 from ..scheme import Scheme, as_scheme
 from ..tensor import NMTensor
 from ..weights import Weight, weights
 from .detect import detect_pattern, has_nonzero
-from .example import ExampleInput, caller_of, run_example, tokens
+from .example import ExampleInput
 from .table import number, table
 
 
@@ -28,7 +29,8 @@ class WeightSummary:
         reason: Why it is dense, or where the pattern comes from.
         params: How many weights it has.
         kept: How many of them the pattern keeps.
-        macs: Multiply-accumulates of one run of the example, were it dense; ``None`` without an example.
+        macs: Multiply-accumulates of one run of the example, were it dense; ``None`` without an example, or
+            for a module type whose products `count_macs` does not know.
         kept_macs: The same with the pattern.
         dense_bytes: Bytes of the dense weight.
         bytes: Bytes with the pattern, packed.
@@ -66,9 +68,9 @@ class Summary(Sequence[WeightSummary]):
         return iter(self.rows)
 
     def total(self, column: str) -> int | None:
-        """Sum of a column of numbers; ``None`` if it was not measured."""
-        values = [getattr(row, column) for row in self.rows]
-        return None if None in values else sum(values)
+        """Sum of a column of numbers as far as they are known; ``None`` if none is."""
+        known = [value for row in self.rows if (value := getattr(row, column)) is not None]
+        return sum(known) if known or not self.rows else None
 
     def to_json(self) -> list[dict[str, Any]]:
         """The rows as plain JSON types."""
@@ -105,9 +107,12 @@ def summary(
 ) -> Summary:
     """Lists the weights of two or more dims with their pattern and what it saves.
 
-    Args: model: The model, packed or not. scheme: Patterns to assume. ``None`` takes those of packed weights,
-        and detects those that dense weights hold. example_input: A tensor, a tuple of arguments or a mapping
-        of keyword arguments, to count MACs with: the model runs once on it.
+    Args:
+        model: The model, packed or not.
+        scheme: Patterns to assume. ``None`` takes those of packed weights, and detects those that dense
+            weights hold.
+        example_input: A tensor, a tuple of arguments or a mapping of keyword arguments, to count MACs with:
+            the model runs once on it.
 
     Returns:
         One row for each weight, tied ones once.
@@ -119,7 +124,7 @@ def summary(
     given = None if scheme is None else as_scheme(scheme, model)
     named = {} if given is None else given.resolve(model)
     everything = weights(model)
-    macs = None if example_input is None else _count_macs(model, everything, example_input)
+    macs = None if example_input is None else count_macs(model, example_input)
     rows = []
     for weight in everything:
         parameter = weight.parameter
@@ -159,35 +164,3 @@ def _row(weight: Weight, pattern: Pattern | None, reason: str, macs: int | None)
         nbytes = pattern.packed_bytes(shape, weight.group_dim, itemsize)
     text = None if pattern is None else str(pattern)
     return WeightSummary(weight.name, shape, text, reason, params, kept, macs, kept_macs, dense_bytes, nbytes)
-
-
-def _count_macs(
-    model: nn.Module, everything: Sequence[Weight], example_input: ExampleInput
-) -> dict[str, int]:
-    """MACs of each weight in one run, dense."""
-    macs = dict.fromkeys((weight.name for weight in everything), 0)
-    owned: dict[nn.Module, list[tuple[Weight, nn.Module]]] = {}
-    for weight in everything:
-        for module, _ in weight.places:
-            owned.setdefault(caller_of(model, module), []).append((weight, module))
-
-    def after_forward(caller: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        for weight, module in owned[caller]:
-            macs[weight.name] += _macs(caller, module, weight.parameter, args, kwargs, output)
-
-    run_example(model, example_input, after=dict.fromkeys(owned, after_forward))
-    return macs
-
-
-def _macs(
-    caller: nn.Module, module: nn.Module, weight: Tensor, args: tuple, kwargs: Mapping[str, Any], output: Any
-) -> int:
-    size = weight.shape.numel()
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return 0  # looks up, multiplies nothing
-    if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
-        return output.numel() // module.out_channels * size  # every output position meets the whole weight
-    if isinstance(caller, nn.MultiheadAttention) and module is caller and weight is caller.in_proj_weight:
-        sources = [*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)][:3]
-        return sum(source.numel() // source.shape[-1] for source in sources) * size // 3
-    return tokens(module, args, kwargs) * size
