@@ -296,7 +296,7 @@ def _product(func: Any, a: Tensor, b: Tensor) -> Tensor:
             raise _unsupported(func, "of two packed weights")
         return _times(a, b)
     assert isinstance(a, NMTensor)
-    return ENGINES[a.engine].linear(b.mT, a).mT  # a @ b = (b^T @ a^T)^T
+    return ENGINES[a.engine].linear(b.mT, a, None).mT  # a @ b = (b^T @ a^T)^T
 
 
 @_implements(aten.mm.default)
@@ -356,10 +356,7 @@ def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False
         assert isinstance(source, NMTensor)
         return target.copy_(unpack(source), non_blocking)
     shape = target._dense_shape()
-    if isinstance(source, NMTensor):
-        source_shape = source._dense_shape()
-    else:
-        source_shape = tuple(source.shape)
+    source_shape = source._dense_shape() if isinstance(source, NMTensor) else tuple(source.shape)
     if source_shape != shape:
         raise ValueError(f"cannot copy shape {list(source_shape)} into an NMTensor of shape {list(shape)}")
     same_layout = (target.pattern, target.group_dim)

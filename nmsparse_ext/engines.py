@@ -28,15 +28,20 @@ if TYPE_CHECKING:
 class Engine:
     """How packed weights are multiplied.
 
-    Attributes: name: The key in the table, stored with each weight. why_not: ``weight -> None``, or the
-        reason why this engine cannot run it here (device, dtype, pattern). linear: ``(input [..., in], weight
-        [out, in], bias [out] or None) -> [..., out]``; differentiable in input and bias. conv: ``(op, input,
-        weight, bias, *args, **kwargs)`` with ``op`` one of ``F.conv1d/2d/3d`` and their transposed versions;
-        the same as ``op(input, weight.to_dense(), bias, *args, **kwargs)``. forms: Names of the tensors that
-        `build` derives. build: ``weight -> forms``, in the order of `forms`. split_rows: Whether narrowing a
-        form along a leading dim gives the form of those rows; if not, the pieces of a split weight fall back
-        to an engine without forms. automatic: Whether `best_engine` may choose it. Not so for engines that
-        take more memory than the dense weight.
+    Attributes:
+        name: The key in the table, stored with each weight.
+        why_not: ``weight -> None``, or the reason why this engine cannot run it here (device, dtype,
+            pattern).
+        linear: ``(input [..., in], weight [out, in], bias [out] or None) -> [..., out]``; differentiable in
+            input and bias.
+        conv: ``(op, input, weight, bias, *args, **kwargs)`` with ``op`` one of ``F.conv1d/2d/3d`` and their
+            transposed versions; the same as ``op(input, weight.to_dense(), bias, *args, **kwargs)``.
+        forms: Names of the tensors that `build` derives.
+        build: ``weight -> forms``, in the order of `forms`.
+        split_rows: Whether narrowing a form along a leading dim gives the form of those rows; if not, the
+            pieces of a split weight fall back to an engine without forms.
+        automatic: Whether `best_engine` may choose it. Not so for engines that take more memory than the
+            dense weight.
     """
 
     name: str

@@ -51,7 +51,7 @@ class NMTensor(torch.Tensor):
     group_dim: int
     batch: tuple[int, ...]  # sizes of leading dims that are broadcast: matmul expands a 2-D weight to batches
     k: int  # size of group_dim; kept because .shape of a subclass takes a trip through __torch_function__
-    remainder: Remainder
+    remainder: Remainder  # type: ignore[assignment]  # a method of torch.Tensor
     engine: str
 
     # ------------------------------------------------------------------------------------------- construction
@@ -98,7 +98,7 @@ class NMTensor(torch.Tensor):
         remainder: Remainder = "error",
         engine: str | None = None,
     ) -> NMTensor:
-        """Puts a packed weight together from its parts, after checking that they fit and every index is legal.
+        """Puts a packed weight together from its parts, checking that they fit and every index is legal.
 
         Args:
             values: ``[other dims..., groups * n]``.
@@ -254,7 +254,7 @@ class NMTensor(torch.Tensor):
         ]
         return repr(("NMTensor", self._dense_shape(), context, inner))
 
-    def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., NMTensor], tuple]:
+    def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., Tensor], tuple]:
         # Engine forms are derived, so they are not saved. Everything else is plain tensors and builtins, so
         # that torch.load(weights_only=True) needs to trust two names only.
         state = (
@@ -375,7 +375,7 @@ def _from_pickle(
     remainder: Remainder,
     engine: str,
     is_parameter: bool,
-) -> NMTensor:
+) -> Tensor:
     weight = NMTensor.from_packed(
         values,
         indices,
@@ -402,16 +402,21 @@ def compress(
     ``prune=True`` it equals ``nm_prune(w, p)``. Differentiable in ``w`` as long as the result is used
     directly; as an ``nn.Parameter`` it is frozen.
 
-    Args: w: The dense weight, 1-D to 5-D, any strides. pattern: For example ``"2:4"``. dim: The dim that
-        groups run along; may be negative. prune: Prune by the selection rule where ``w`` does not satisfy the
-        pattern yet. remainder: ``"pad"`` allows a size along ``dim`` that is no multiple of m, and counts
-        virtual zeros after it.
+    Args:
+        w: The dense weight, 1-D to 5-D, any strides.
+        pattern: For example ``"2:4"``.
+        dim: The dim that groups run along; may be negative.
+        prune: Prune by the selection rule where ``w`` does not satisfy the pattern yet.
+        remainder: ``"pad"`` allows a size along ``dim`` that is no multiple of m, and counts virtual zeros
+            after it.
 
     Returns:
         The packed weight, of the same shape, dtype and device.
 
-    Raises: TypeError: If an argument is of the wrong type or dtype. ValueError: If ``w`` violates the pattern
-        and ``prune`` is False (the first offending group is named), or if an argument is out of range.
+    Raises:
+        TypeError: If an argument is of the wrong type or dtype.
+        ValueError: If ``w`` violates the pattern and ``prune`` is False (the first offending group is named),
+            or if an argument is out of range.
     """
     if isinstance(w, NMTensor):
         raise TypeError(f"w must be a dense Tensor, got an NMTensor packed as {w.pattern}; use w.to_dense()")

@@ -45,19 +45,23 @@ def convert(
     is faster. Without an ``example_input`` nothing can be timed: weights are packed, which saves memory for
     certain but may cost time, and a warning says so.
 
-    Args: model: The model, with the zeros in its weights (as a `Sparsifier` leaves it); changed in place.
+    Args:
+        model: The model, with the zeros in its weights (as a `Sparsifier` leaves it); changed in place.
         scheme: Patterns of the weights. ``None`` detects for each prunable weight the lowest density, then
-        the smallest m, among `deploy.USUAL_PATTERNS`; weights that hold none, and all-zero ones, stay dense.
+            the smallest m, among `deploy.USUAL_PATTERNS`; weights that hold none, and all-zero ones, stay
+            dense.
         example_input: What the model is called with in earnest: a tensor, a tuple of arguments or a mapping
-        of keyword arguments. policy: ``"auto"`` packs where that is measured to be faster, ``"always"``
-        wherever the pattern holds. engine: Name of the engine to run packed weights with; ``None`` chooses
-        the best for each.
+            of keyword arguments.
+        policy: ``"auto"`` packs where that is measured to be faster, ``"always"`` wherever the pattern holds.
+        engine: Name of the engine to run packed weights with; ``None`` chooses the best for each.
 
     Returns:
         ``model``.
 
-    Raises: TypeError: If an argument is of the wrong type. ValueError: If a weight violates the pattern that
-        ``scheme`` gives it (the group is named), or an argument is not allowed.
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a weight violates the pattern that ``scheme`` gives it (the group is named), or an
+            argument is not allowed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -73,7 +77,7 @@ def convert(
     elif example_input is None:
         if candidates:
             warnings.warn(
-                f"convert packs {len(candidates)} weights without having timed them, which may make the model "
+                f"convert packs {len(candidates)} weights without timing them, which may make the model "
                 "slower: pass example_input to pack only where that is faster, or policy='always' if memory "
                 "is the point",
                 UserWarning,
@@ -208,7 +212,7 @@ def _measure(model: nn.Module, candidates: list[_Plan], example_input: ExampleIn
             plan.dense_seconds += dense
             plan.packed_seconds += packed
 
-    run_example(model, example_input, before=dict.fromkeys(plans_of, before_forward))
+    run_example(model, example_input, dict.fromkeys(plans_of, before_forward))
     for plan in candidates:
         _decide(plan, failures.get(plan))
 

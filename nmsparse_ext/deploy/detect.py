@@ -31,9 +31,10 @@ def detect_pattern(
         dim: The dim that groups run along.
         allowed: Further condition on a pattern, for example that its groups fit a grouped convolution.
 
-    Returns: The first of `USUAL_PATTERNS` that ``w`` satisfies and whose m divides the size of ``dim``;
-        ``None`` if there is none. An all-zero weight satisfies every pattern and has none: it is not pruned
-        but not trained.
+    Returns:
+        The first of `USUAL_PATTERNS` that ``w`` satisfies and whose m divides the size of ``dim``; ``None``
+        if there is none. An all-zero weight satisfies every pattern and has none: it is not pruned but not
+        trained.
     """
     if w.numel() == 0 or not has_nonzero(w):
         return None

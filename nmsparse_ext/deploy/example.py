@@ -13,16 +13,12 @@ ExampleInput = Tensor | tuple | Mapping[str, Any]
 
 #: ``(module, args, kwargs)`` before its forward.
 Before = Callable[[nn.Module, tuple, dict[str, Any]], None]
-#: ``(module, args, kwargs, output)`` after it.
-After = Callable[[nn.Module, tuple, dict[str, Any], Any], None]
 
 
 def run_example(
     model: nn.Module,
     example_input: ExampleInput,
-    *,
-    before: Mapping[nn.Module, Before] | None = None,
-    after: Mapping[nn.Module, After] | None = None,
+    before: Mapping[nn.Module, Before],
 ) -> None:
     """Calls the model once, in eval mode and without gradients; nothing of it stays behind.
 
@@ -30,20 +26,15 @@ def run_example(
         model: The model.
         example_input: A tensor, a tuple of arguments or a mapping of keyword arguments.
         before: What to call before the forward of some modules.
-        after: What to call after it.
 
     Raises:
         TypeError: If ``example_input`` is none of these.
     """
     args, kwargs = _arguments(example_input)
-    hooks = [
-        module.register_forward_pre_hook(hook, with_kwargs=True, prepend=False)
-        for module, hook in (before or {}).items()
-    ]
-    hooks += [module.register_forward_hook(hook, with_kwargs=True) for module, hook in (after or {}).items()]
+    hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before.items()]
     try:
         with _evaluating(model):
-            getattr(model, "_orig_mod", model)(*args, **kwargs)
+            model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -90,7 +81,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         # The fused transformer layer takes weights without calling the modules that hold them.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), torch.random.fork_rng():
+        # Compiled code would not run the hooks of the modules in it.
+        with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -40,14 +40,18 @@ def save_file(
     once. The file
     appears in one step: whoever reads ``path`` finds the old file or the new one, also after a crash.
 
-    Args: model: The model, or its tensors ``{name: Tensor or NMTensor}``. Without a model nobody knows which
-        dim of a dense weight is grouped, so only what is packed already is stored packed. path: The file,
-        usually ``*.safetensors``; replaced if it exists. scheme: Patterns of the dense weights. ``None``
-        detects: see `deploy.detect_pattern`.
+    Args:
+        model: The model, or its tensors ``{name: Tensor or NMTensor}``. Without a model nobody knows which
+            dim of a dense weight is grouped, so only what is packed already is stored packed.
+        path: The file, usually ``*.safetensors``; replaced if it exists.
+        scheme: Patterns of the dense weights. ``None`` detects: see `deploy.detect_pattern`.
 
-    Raises: TypeError: If an argument is of the wrong type. ValueError: If a weight violates the pattern that
-        ``scheme`` gives it, if the model holds what safetensors cannot (extra state that is no tensor, sparse
-        or meta tensors), or if two names collide in the file. OSError: If the file cannot be written.
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a weight violates the pattern that ``scheme`` gives it, if the model holds what
+            safetensors cannot (extra state that is no tensor, sparse or meta tensors), or if two names
+            collide in the file.
+        OSError: If the file cannot be written.
     """
     tensors = _tensors(model)
     if isinstance(model, nn.Module):
@@ -65,11 +69,14 @@ def load_file(path: StrPath) -> dict[str, Tensor]:
     Args:
         path: The file.
 
-    Returns: ``{name: tensor}`` on the CPU: an `NMTensor` for each packed weight, a plain tensor for the rest.
-        Tied names share one tensor.
+    Returns:
+        ``{name: tensor}`` on the CPU: an `NMTensor` for each packed weight, a plain tensor for the rest. Tied
+        names share one tensor.
 
-    Raises: FormatError: If the file is damaged, truncated, of an unknown version, or contradicts itself. The
-        message names the file, the tensor and the reason. OSError: If the file cannot be opened.
+    Raises:
+        FormatError: If the file is damaged, truncated, of an unknown version, or contradicts itself. The
+            message names the file, the tensor and the reason.
+        OSError: If the file cannot be opened.
     """
     with open(path, "rb"):  # so that a missing or forbidden file is an OSError, and no format error
         pass
@@ -108,8 +115,11 @@ def load_into(model: nn.Module, path: StrPath) -> nn.Module:
     Returns:
         ``model``.
 
-    Raises: FormatError: As `load_file`. ValueError: If names or shapes of the file and the model differ; all
-        of them are named, and the model is left as it was. OSError: If the file cannot be opened.
+    Raises:
+        FormatError: As `load_file`.
+        ValueError: If names or shapes of the file and the model differ; all of them are named, and the model
+            is left as it was.
+        OSError: If the file cannot be opened.
     """
     loaded = load_file(path)
     slots = _slots(model)

@@ -23,7 +23,7 @@ import torch
 from .._checks import MAX_DIMS, WEIGHT_DTYPES
 from ..errors import FormatError
 from ..pattern import Pattern
-from ..tensor import NMTensor
+from ..tensor import NMTensor, Remainder
 
 METADATA_KEY = "nmsparse"
 VERSION = 1
@@ -43,7 +43,7 @@ class PackedEntry:
     pattern: Pattern
     group_dim: int
     shape: tuple[int, ...]
-    remainder: str
+    remainder: Remainder
     dtype: torch.dtype
 
     @classmethod
@@ -84,8 +84,9 @@ class Contents:
 def parse_metadata(metadata: Mapping[str, str] | None) -> Contents:
     """Reads what `Contents.to_metadata` writes; a file without our entry holds dense tensors only.
 
-    Raises: FormatError: If the entry is not exactly what the format says; the message names the weight and
-        the reason.
+    Raises:
+        FormatError: If the entry is not exactly what the format says; the message names the weight and the
+            reason.
     """
     text = (metadata or {}).get(METADATA_KEY)
     if text is None:

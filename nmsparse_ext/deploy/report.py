@@ -17,13 +17,18 @@ _ATTRIBUTE = "_nmsparse_report"
 class LayerReport:
     """One weight of a converted model.
 
-    Attributes: name: Parameter name. pattern: Its pattern as text; ``None`` if none was found or given.
+    Attributes:
+        name: Parameter name.
+        pattern: Its pattern as text; ``None`` if none was found or given.
         tokens: Rows of input that one run of the example multiplies with it; ``None`` if not measured.
         dense_ms: Median time of its module with the dense weight, summed over that run; ``None`` if not
-        measured. packed_ms: The same with the packed weight. dense_bytes: Bytes of the dense weight.
+            measured.
+        packed_ms: The same with the packed weight.
+        dense_bytes: Bytes of the dense weight.
         packed_bytes: Bytes of the packed weight, with what its engine keeps; ``None`` without a pattern.
-        engine: The engine that runs, or would run, the packed weight; ``None`` without a pattern. choice:
-        ``"packed"`` or ``"dense"``. reason: Why, in words.
+        engine: The engine that runs, or would run, the packed weight; ``None`` without a pattern.
+        choice: ``"packed"`` or ``"dense"``.
+        reason: Why, in words.
     """
 
     name: str
