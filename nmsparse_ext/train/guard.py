@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..pattern import Pattern
 from ..weights import canonical_name
 
 # In every parameter group of an optimizer with a Sparsifier: the number of steps made. It travels with copies and
@@ -56,7 +56,7 @@ def check_model(model: nn.Module, scheme: Any) -> None:
                 f"groups are lost; use torch.distributed.fsdp.fully_shard (FSDP2)"
             )
     parametrized = _parametrized(model)
-    if not isinstance(scheme, (str, Pattern)):
+    if isinstance(scheme, Mapping):
         named = {canonical_name(key) for key in scheme}
         parametrized = {key: how for key, how in parametrized.items() if named & {key, key.removesuffix(".weight")}}
     if parametrized:

@@ -162,8 +162,11 @@ class Stepper:
         optimizer, rule = self.optimizer, self.rule
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         step = Step(self.log.next_step, {}, scale, found_inf)
+        patterns = [self.pattern_at(weight, step.number) for weight, _ in self._members]
         for weight, _ in self._members:
             weight.check_grad()
+        for (weight, _), pattern in zip(self._members, patterns, strict=True):
+            weight.pattern = pattern
         self._step = step
         try:
             for weight, group in self._members:
@@ -186,7 +189,6 @@ class Stepper:
         counters = dict(zip(self.weights, self.log.counters(), strict=True))
         for weight, group in self._members:
             step.group = self.optimizer.param_groups[group]
-            weight.pattern = self.pattern_at(weight, step.number)
             weight.leave(self.rule, step)
             weight.count_changes(counters[weight.name])
         self._step = None

@@ -232,6 +232,7 @@ class SparseWeight:
         if ops.find_violation(ops.apply_bits(self.dense, self.bits, dim=self.dim), self.pattern, dim=self.dim):
             # Saved under another pattern: the weights carry over, the mask cannot.
             self.bits.copy_(ops.mask_bits(self.dense, self.pattern, dim=self.dim))
+        self.mask_pattern = self.pattern
         self._rebind()
         self.write_back()
 
