@@ -6,17 +6,11 @@ import pytest
 import torch
 from cases import FLOATS
 from engines import Engine
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import LAYOUTS, Weight, as_int, assert_same_bits, content, lay_out, weights
+from properties import Weight, for_any, integers, seeds, weights
+from samples import LAYOUTS, as_int, assert_same_bits, content, lay_out, random_mask
 
 import nmsparse_ext as nms
 from nmsparse_ext import ops
-
-
-def random_mask(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
-
 
 # -------------------------------------------------------------------------------------------- pack and unpack
 
@@ -44,7 +38,7 @@ def test_group_dim_is_moved_last(engine: Engine) -> None:
     assert ops.pack_bits(mask, dim=1).tolist() == [[5], [3]]
 
 
-@given(case=weights())
+@for_any(case=weights())
 def test_round_trip(engine: Engine, case: Weight) -> None:
     mask = as_int(case.w) > 0
     bits = ops.pack_bits(mask, dim=case.dim)
@@ -58,7 +52,7 @@ def test_round_trip(engine: Engine, case: Weight) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_masks_of_any_layout(engine: Engine, layout: str) -> None:
-    mask = lay_out(random_mask((3, 20, 5, 9)), layout)
+    mask = lay_out(random_mask((3, 20, 5, 9), seed=3), layout)
     for dim in range(4):
         assert_same_bits(ops.pack_bits(mask, dim=dim), ops.pack_bits(mask.clone().contiguous(), dim=dim))
 
@@ -66,7 +60,7 @@ def test_masks_of_any_layout(engine: Engine, layout: str) -> None:
 # ------------------------------------------------------------------------------------------------------ apply
 
 
-@given(case=weights())
+@for_any(case=weights())
 def test_apply(engine: Engine, case: Weight) -> None:
     mask = random_mask(tuple(case.w.shape), seed=case.k)
     bits = ops.pack_bits(mask, dim=case.dim)
@@ -78,7 +72,7 @@ def test_apply(engine: Engine, case: Weight) -> None:
     assert_same_bits(copy, applied, case.label)
 
 
-@given(case=weights())
+@for_any(case=weights())
 def test_pruning_is_applying_its_bits(engine: Engine, case: Weight) -> None:
     pruned, bits = nms.nm_prune(case.w, case.pattern, dim=case.dim, remainder="pad", return_bits=True)
     assert_same_bits(ops.apply_bits(case.w, bits, dim=case.dim), pruned, case.label)
@@ -86,7 +80,7 @@ def test_pruning_is_applying_its_bits(engine: Engine, case: Weight) -> None:
 
 def test_apply_gradient_passes_where_kept() -> None:
     w = torch.randn(4, 12, requires_grad=True)
-    mask = random_mask((4, 12))
+    mask = random_mask((4, 12), seed=4)
     ops.apply_bits(w, ops.pack_bits(mask)).sum().backward()
     assert torch.equal(w.grad, mask.float())
 
@@ -158,7 +152,7 @@ def test_sad_by_hand(engine: Engine) -> None:
     assert isinstance(nms.sad(a, b), int)
 
 
-@given(size=st.integers(0, 1100), offset=st.integers(0, 8), seed=st.integers(0, 2**31))
+@for_any(size=integers(0, 1100), offset=integers(0, 8), seed=seeds)
 def test_sad_of_bits_and_masks(engine: Engine, size: int, offset: int, seed: int) -> None:
     a, b = random_mask((size + offset,), seed)[offset:], random_mask((size + offset,), seed + 1)[offset:]
     expected = int((a ^ b).sum())

@@ -6,9 +6,8 @@ import pytest
 import torch
 from cases import DTYPES, INDICES, PACKED, Indices, Packed, tensor
 from engines import Engine
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import Weight, assert_same_bits, content, lay_out, patterns, weights
+from properties import Weight, for_any, integers, patterns, seeds, weights
+from samples import assert_same_bits, content, lay_out
 
 import nmsparse_ext as nms
 from nmsparse_ext import ops
@@ -26,7 +25,7 @@ def test_truth_table(engine: Engine, case: Packed, dtype: torch.dtype) -> None:
     assert_same_bits(dense, nms.nm_prune(w, case.pattern, remainder="pad"))
 
 
-@given(case=weights())
+@for_any(case=weights())
 def test_round_trip(engine: Engine, case: Weight) -> None:
     values, indices = ops.pack(case.w, case.pattern, dim=case.dim, remainder="pad")
     pattern, others = nms.Pattern(case.n, case.m), case.last(case.w).shape[:-1]
@@ -103,14 +102,13 @@ def test_bad_indices_are_found_in_the_first_bad_row(engine: Engine) -> None:
     assert ops.check_indices(indices, "2:4", k=32) == (3, 2, 2)
 
 
-@given(pattern=patterns(), k=st.integers(0, 140), rows=st.integers(1, 3), seed=st.integers(0, 2**31))
+@for_any(pattern=patterns, k=integers(0, 140), rows=integers(1, 3), seed=seeds)
 def test_damaged_indices_do_no_harm(
     engine: Engine, pattern: tuple[int, int], k: int, rows: int, seed: int
 ) -> None:
     p = nms.Pattern(*pattern)
-    generator = torch.Generator().manual_seed(seed)
     row_bytes = -(-p.groups(k) * p.bits_per_group // 8)
-    indices = torch.randint(0, 256, (rows, row_bytes), generator=generator, dtype=torch.uint8)
+    indices = content((rows, row_bytes), torch.int8, "any bits", seed).view(torch.uint8)
     values = torch.ones(rows, p.groups(k) * p.n)
     dense = ops.unpack(values, indices, p, k=k)
     assert dense.shape == (rows, k)

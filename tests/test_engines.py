@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, FLOATS
-from engines import COMPILED_ENGINES, Engine
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import KINDS, LAYOUTS, Weight, assert_same_bits, content, lay_out, patterns, weights
+from engines import CPU_ISAS, Engine
+from properties import Weight, for_any, integers, patterns, seeds, weights
+from samples import KINDS, LAYOUTS, assert_same_bits, content, lay_out
 from torch import Tensor
 
 from nmsparse_ext import reference
@@ -58,7 +57,7 @@ def run_all(engine: Engine, w: Tensor, n: int, m: int, dim: int, label: str) -> 
     assert_same(engine, "apply_bits_", writable, bits, dim, label=label)
 
 
-@given(case=weights())
+@for_any(case=weights())
 def test_any_weight(compiled_engine: Engine, case: Weight) -> None:
     run_all(compiled_engine, case.w, case.n, case.m, case.dim, case.label)
 
@@ -136,7 +135,7 @@ def test_add_pruned(
             assert_same_bits(actual[finite], expected[finite], f"{grad_dtype} {w_dtype} {kind} k={k}")
 
 
-@given(pattern=patterns(), k=st.integers(0, 200), seed=st.integers(0, 2**31))
+@for_any(pattern=patterns, k=integers(0, 200), seed=seeds)
 def test_damaged_indices(compiled_engine: Engine, pattern: tuple[int, int], k: int, seed: int) -> None:
     n, m = pattern
     _, good = reference.compress(content((3, k), torch.float32, "normal", seed), n, m, 1, True)
@@ -146,9 +145,9 @@ def test_damaged_indices(compiled_engine: Engine, pattern: tuple[int, int], k: i
 
 
 def test_every_instruction_set_of_the_host_is_tested() -> None:
-    assert COMPILED_ENGINES[0] == "scalar"
+    assert CPU_ISAS[0] == "scalar"
     flags = torch.backends.cpu.get_cpu_capability()
     if "AVX2" in flags or "AVX512" in flags:
-        assert "avx2" in COMPILED_ENGINES
+        assert "avx2" in CPU_ISAS
     if "AVX512" in flags:
-        assert "avx512" in COMPILED_ENGINES
+        assert "avx512" in CPU_ISAS

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES
-from strategies import LAYOUTS, assert_same_bits, content, lay_out
+from samples import LAYOUTS, assert_same_bits, content, lay_out
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

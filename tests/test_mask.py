@@ -6,8 +6,8 @@ import pytest
 import torch
 from cases import DTYPES, SELECTIONS, TINY, Selection, mask, tensor
 from engines import Engine
-from hypothesis import given
-from strategies import Weight, assert_same_bits, content, kept_by_hand, weights
+from properties import Weight, for_any, kept_by_hand, weights
+from samples import assert_same_bits, content
 
 import nmsparse_ext as nms
 
@@ -32,7 +32,7 @@ def test_denormals_are_not_zero(engine: Engine, dtype: torch.dtype) -> None:
     assert nms.nm_mask(w.to(dtype), "3:4").tolist() == [False, True, True, True]
 
 
-@given(case=weights())
+@for_any(case=weights())
 def test_equals_the_rule_in_plain_python(engine: Engine, case: Weight) -> None:
     kept = nms.nm_mask(case.w, case.pattern, dim=case.dim, remainder="pad")
     assert kept.dtype == torch.bool
@@ -44,7 +44,7 @@ def test_equals_the_rule_in_plain_python(engine: Engine, case: Weight) -> None:
         assert row.tolist() == kept_by_hand(expected.tolist(), case.n, case.m), case.label
 
 
-@given(case=weights())
+@for_any(case=weights())
 def test_keeps_exactly_n_of_every_full_group(engine: Engine, case: Weight) -> None:
     kept = case.last(nms.nm_mask(case.w, case.pattern, dim=case.dim, remainder="pad"))
     full = case.k // case.m * case.m
@@ -53,7 +53,7 @@ def test_keeps_exactly_n_of_every_full_group(engine: Engine, case: Weight) -> No
     assert (kept[..., full:].sum(-1) == min(case.n, case.k - full)).all(), case.label
 
 
-@given(case=weights())
+@for_any(case=weights())
 def test_bits_are_the_mask(engine: Engine, case: Weight) -> None:
     kept = nms.nm_mask(case.w, case.pattern, dim=case.dim, remainder="pad")
     bits = nms.nm_mask(case.w, case.pattern, dim=case.dim, remainder="pad", bits=True)

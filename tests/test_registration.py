@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES
-from strategies import assert_same_bits, content, lay_out
+from samples import assert_same_bits, content, lay_out
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._pytree import tree_leaves

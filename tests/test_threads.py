@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES
-from strategies import assert_same_bits, content
+from samples import assert_same_bits, content
 from torch import Tensor
 
 import nmsparse_ext as nms

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import DTYPES, FLOATS, TILES, Tile, mask, tensor
 from engines import Engine
-from strategies import KINDS, LAYOUTS, assert_same_bits, content, lay_out
+from samples import KINDS, LAYOUTS, assert_same_bits, content, lay_out
 from torch import Tensor
 
 import nmsparse_ext as nms

@@ -6,8 +6,8 @@ import pytest
 import torch
 from cases import DTYPES, FLOATS, TINY, VIOLATING, Violating, tensor
 from engines import Engine
-from hypothesis import given
-from strategies import Weight, lay_out, weights
+from properties import Weight, for_any, weights
+from samples import lay_out
 
 import nmsparse_ext as nms
 from nmsparse_ext.ops import Violation
@@ -27,7 +27,7 @@ def test_result_has_names(engine: Engine) -> None:
     assert found.kept == 4
 
 
-@given(case=weights())
+@for_any(case=weights())
 def test_equals_counting(engine: Engine, case: Weight) -> None:
     found = nms.find_violation(case.w, case.pattern, dim=case.dim, remainder="pad")
     nonzero = case.last(case.w).to(torch.float64) != 0
@@ -46,7 +46,7 @@ def test_equals_counting(engine: Engine, case: Weight) -> None:
     assert found == expected, case.label
 
 
-@given(case=weights())
+@for_any(case=weights())
 def test_pruned_weights_satisfy_their_pattern(engine: Engine, case: Weight) -> None:
     pruned = nms.nm_prune(case.w, case.pattern, dim=case.dim, remainder="pad")
     assert nms.find_violation(pruned, case.pattern, dim=case.dim, remainder="pad") is None, case.label

@@ -1,12 +1,9 @@
-"""Weights for property tests: every dtype, pattern, size, layout and content; exact comparison."""
+"""Weights of every dtype, content and layout, and exact comparison."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from cases import DTYPES, TINY
-from hypothesis import strategies as st
+from cases import TINY, WITH_INFINITY, inf, nan, tensor
 from torch import Tensor
 
 INT_VIEW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,8 +34,13 @@ def assert_same_bits(actual: Tensor, expected: Tensor, message: str = "") -> Non
         raise AssertionError(f"{message}: bits differ first at {at}: {actual[at]}, expected {expected[at]}")
 
 
+def random_mask(shape: tuple[int, ...], seed: int) -> Tensor:
+    """A contiguous bool tensor on the default device."""
+    return content(shape, torch.int8, "any bits", seed) > 0
+
+
 def content(shape: tuple[int, ...], dtype: torch.dtype, kind: str, seed: int) -> Tensor:
-    """A contiguous tensor.
+    """A contiguous tensor on the default device; its bits do not depend on the device.
 
     Args:
         shape: Its shape.
@@ -47,7 +49,14 @@ def content(shape: tuple[int, ...], dtype: torch.dtype, kind: str, seed: int) ->
             infinities, zeros, denormals and the largest numbers; "any bits": uniform bits.
         seed: Of the generator.
     """
-    generator = torch.Generator().manual_seed(seed)
+    with torch.device("cpu"):
+        made = _content_on_cpu(shape, dtype, kind, torch.Generator().manual_seed(seed))
+    return made.to(torch.get_default_device())
+
+
+def _content_on_cpu(
+    shape: tuple[int, ...], dtype: torch.dtype, kind: str, generator: torch.Generator
+) -> Tensor:
     itemsize = torch.empty((), dtype=dtype).element_size()
     any_bits = torch.randint(0, 256, (*shape, itemsize), generator=generator, dtype=torch.uint8)
     any_bits = any_bits.view(dtype).reshape(shape)
@@ -56,29 +65,18 @@ def content(shape: tuple[int, ...], dtype: torch.dtype, kind: str, seed: int) ->
     if kind == "normal":
         return (30 * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(-127, 127).to(dtype)
     if kind == "ties":
-        choices = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, -2.0], dtype=torch.float64).to(dtype)
+        choices = tensor([0.0, -0.0, 1.0, -1.0, 2.0, -2.0], dtype)
     elif dtype == torch.int8:
-        choices = torch.tensor([-128, 127, -127, 0, 1, -1], dtype=dtype)
+        choices = tensor([-128, 127, -127, 0, 1, -1], dtype)
     else:
-        largest = torch.finfo(dtype).max
-        limits = (float("inf"), -float("inf")) if dtype != torch.float8_e4m3fn else ()
-        numbers = [
-            float("nan"),
-            -float("nan"),
-            *limits,
-            0.0,
-            -0.0,
-            TINY[dtype],
-            -TINY[dtype],
-            largest,
-            -largest,
-        ]
-        choices = torch.tensor(numbers, dtype=torch.float64).to(dtype)
-    chosen = as_int(choices)[torch.randint(0, len(choices), shape, generator=generator)].view(dtype)
+        infinities = [inf, -inf] if dtype in WITH_INFINITY else []
+        numbers = [TINY[dtype], torch.finfo(dtype).max, nan, 0.0]
+        choices = tensor([*infinities, *numbers, *(-x for x in numbers)], dtype)
+    chosen = as_int(choices)[torch.randint(0, len(choices), shape, generator=generator)]
     if kind == "special":  # one in four any bits: NaNs with payloads among them
         use_any = torch.rand(shape, generator=generator) < 0.25
-        chosen = torch.where(use_any, as_int(any_bits), as_int(chosen)).view(dtype)
-    return chosen
+        chosen = torch.where(use_any, as_int(any_bits), chosen)
+    return chosen.view(dtype)
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
@@ -107,69 +105,3 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     if layout == "expanded":
         return x[:1].expand(x.shape)
     raise ValueError(layout)
-
-
-class Weight(NamedTuple):
-    """A weight, and how to group it. ``dim`` is normalised."""
-
-    w: Tensor
-    n: int
-    m: int
-    dim: int
-    label: str
-
-    @property
-    def pattern(self) -> str:
-        return f"{self.n}:{self.m}"
-
-    @property
-    def k(self) -> int:
-        return self.w.shape[self.dim]
-
-    def last(self, x: Tensor) -> Tensor:
-        """``x`` of the weight's shape with the group dim moved last."""
-        return x.movedim(self.dim, -1)
-
-
-@st.composite
-def patterns(draw: st.DrawFn) -> tuple[int, int]:
-    """The usual patterns often, all others sometimes."""
-    usual = [(2, 4), (1, 4), (1, 2), (4, 8), (2, 8), (1, 16), (4, 16), (8, 16), (8, 32), (16, 64)]
-    if draw(st.booleans()):
-        return draw(st.sampled_from(usual))
-    m = draw(st.integers(1, 64))
-    return draw(st.integers(1, m)), m
-
-
-@st.composite
-def weights(
-    draw: st.DrawFn,
-    dtypes: tuple[torch.dtype, ...] = DTYPES,
-    layouts: tuple[str, ...] = LAYOUTS,
-    min_k: int = 0,
-) -> Weight:
-    """Any weight that the ops take; group dims around every vector width, few of the rest."""
-    n, m = draw(patterns())
-    ndim = draw(st.integers(1, 5))
-    dim = draw(st.integers(0, ndim - 1))
-    shape = [draw(st.integers(1, 4)) for _ in range(ndim)]
-    if draw(st.integers(0, 9)) == 0:
-        shape[draw(st.integers(0, ndim - 1))] = 0
-    shape[dim] = draw(st.integers(min_k, 130))
-    dtype = draw(st.sampled_from(dtypes))
-    kind = draw(st.sampled_from(KINDS))
-    layout = draw(st.sampled_from(layouts))
-    w = lay_out(content(tuple(shape), dtype, kind, draw(st.integers(0, 2**31))), layout)
-    return Weight(w, n, m, dim, f"{n}:{m} {dtype} {list(shape)} {layout} {kind} dim {dim}")
-
-
-def kept_by_hand(row: list[float], n: int, m: int) -> list[bool]:
-    """The selection rule in plain Python."""
-    kept = [False] * len(row)
-    for start in range(0, len(row), m):
-        group = range(start, min(start + m, len(row)))
-        # NaN first, then by |w|, then by position
-        order = sorted(group, key=lambda i: (row[i] == row[i], -abs(row[i]) if row[i] == row[i] else 0.0, i))
-        for i in order[:n]:
-            kept[i] = True
-    return kept
