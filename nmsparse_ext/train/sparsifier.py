@@ -355,13 +355,13 @@ class Sparsifier:
 
     def _sum_over_ranks(self, table: Tensor) -> Tensor:
         """Sums the columns of sharded weights over their ranks. A collective if there are any."""
+        total = table.clone()
         for column, weight in enumerate(self._weights.values()):
             for group in shard_groups(weight.parameter):
-                counts = table[:, column].to(weight.dense.device)
+                counts = total[:, column].to(weight.dense.device, copy=True)
                 torch.distributed.all_reduce(counts, group=group)
-                table = table.clone()
-                table[:, column] = counts.to(table.device)
-        return table
+                total[:, column] = counts.to(total.device)
+        return total
 
 
 class _Masks(Mapping[str, Tensor]):
