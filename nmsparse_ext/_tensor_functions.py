@@ -11,6 +11,7 @@ neither table raises.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,11 +106,15 @@ def _alias(func: Any, weight: NMTensor) -> NMTensor:
 
 @_implements(aten.view.default, aten._unsafe_view.default)
 def _view(func: Any, weight: NMTensor, size: Sequence[int]) -> NMTensor:
-    shape = weight._dense_shape()
-    # -1 stands for the one size that is left over, so the same number of dims is enough.
-    if len(size) != len(shape) or any(new not in (old, -1) for new, old in zip(size, shape, strict=True)):
+    shape, first = weight._dense_shape(), len(weight.batch)
+    known = math.prod(new for new in size if new != -1)
+    sizes = tuple(math.prod(shape) // known if new == -1 and known else new for new in size)
+    # Leading dims that are broadcast may be regrouped; the weight itself keeps its shape.
+    batch = sizes[: len(sizes) - len(shape) + first]
+    if sizes[len(batch) :] != shape[first:] or math.prod(batch) != math.prod(weight.batch):
         raise _unsupported(func, f"from shape {list(shape)} to {list(size)}: only the same shape")
-    return return_and_correct_aliasing(func, (weight, size), {}, weight._map(aten.alias.default))
+    view = _reshaped(weight, weight.group_dim - first + len(batch), sizes)._map(aten.alias.default)
+    return return_and_correct_aliasing(func, (weight, size), {}, view)
 
 
 @_implements(aten.expand.default)

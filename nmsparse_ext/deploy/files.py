@@ -346,6 +346,8 @@ def _filled(old: Tensor, new: Tensor, is_parameter: bool) -> Tensor:
         return old.copy_(new)
     if not old.is_meta:
         new = new.to(device=old.device, dtype=old.dtype)
+    if isinstance(new, NMTensor):
+        new = new.with_engine(None)  # the best one where it is now
     if not is_parameter:
         return new
     trainable = not isinstance(new, NMTensor) and old.requires_grad and new.is_floating_point()
