@@ -18,6 +18,10 @@ NMS_INLINE void stream(void* p /* aligned to kVectorBytes */, Vec v) {
   _mm256_stream_si256(static_cast<__m256i*>(p), v);
 }
 
+NMS_INLINE void prefetch(const void* p, int bytes_ahead) {
+  _mm_prefetch(static_cast<const char*>(p) + bytes_ahead, _MM_HINT_T0);
+}
+
 // Part 0 of a and of b; and part 1.
 NMS_INLINE Vec even_parts(Vec a, Vec b) { return _mm256_permute2x128_si256(a, b, 0x20); }
 NMS_INLINE Vec odd_parts(Vec a, Vec b) { return _mm256_permute2x128_si256(a, b, 0x31); }

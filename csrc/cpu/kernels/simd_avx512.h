@@ -18,6 +18,10 @@ NMS_INLINE void stream(void* p /* aligned to kVectorBytes */, Vec v) {
   _mm512_stream_si512(static_cast<__m512i*>(p), v);
 }
 
+NMS_INLINE void prefetch(const void* p, int bytes_ahead) {
+  _mm_prefetch(static_cast<const char*>(p) + bytes_ahead, _MM_HINT_T0);
+}
+
 // Parts 0, 2 of a, then of b; and parts 1, 3.
 NMS_INLINE Vec even_parts(Vec a, Vec b) { return _mm512_shuffle_i32x4(a, b, 0x88); }
 NMS_INLINE Vec odd_parts(Vec a, Vec b) { return _mm512_shuffle_i32x4(a, b, 0xDD); }

@@ -1,7 +1,7 @@
-// Choosing on keys: which n of every m are kept. Knows nothing of element types, rows or outputs.
+// Choosing: which n of every m are kept. Knows nothing of rows, strides and outputs.
 //
 // Two shapes of input:
-//   in rows    keys lie as the weights do, group after group. Result: one bit per key.
+//   in rows    elements lie as the weights do, group after group. Result: one bit per element.
 //   in lanes   keys[i][lane]: each lane is a row of its own, i runs along its group. Result: one bit string per lane.
 //
 // Ties go to the lower index. The networks find a threshold, the n-th largest key; keys equal to it can be more than
@@ -12,18 +12,41 @@
 
 constexpr int kLaneKeys = 32;  // keys per lane that are chosen in one call: a multiple of every m here
 
+// How far ahead of its loads a chooser asks for memory. Without it the memory would rest while a block is sorted.
+constexpr int kPrefetchBytes = 8192;
+
 template <class L>
 struct Chooser {
   using Key = typename L::Key;
 
-  // words[i] gets the mask of keys [64 i, 64 i + 64); count is a multiple of `block`.
-  void (*in_rows)(const Key* keys, int64_t count, int n, uint64_t* words);
+  // Elements are of the lanes' size: floats, of which `nan` is the key of every NaN, or keys, which `nan` leaves as
+  // they are. mask [count / 8] bytes; count is a multiple of `block`.
+  void (*in_rows)(const Key* elements, int64_t count, int n, Key nan, uint8_t* mask);
   int64_t block;
 
   // keys [groups * m][kLanes] -> bits [kLaneKeys / bits of a key][kLanes]; bits past groups * m are undefined. Lanes
   // that are not `used` may hold anything.
   void (*in_lanes)(const Key* keys, int groups, int n, uint64_t used, Key* bits);
 };
+
+// From the bits of a float to its key, see core/dtype.h.
+template <class L>
+class KeyReader {
+ public:
+  using Key = typename L::Key;
+
+  NMS_INLINE explicit KeyReader(Key nan)
+      : magnitude_(L::broadcast(std::numeric_limits<Key>::max())), nan_(L::broadcast(nan)) {}
+
+  NMS_INLINE Vec key(const Key* element) const { return L::min(magnitude(element), nan_); }
+  // Enough to compare with a threshold: no threshold is above a NaN's key.
+  NMS_INLINE Vec magnitude(const Key* element) const { return bit_and(load(element), magnitude_); }
+
+ private:
+  Vec magnitude_, nan_;
+};
+
+NMS_INLINE void store_word(uint8_t* mask, uint64_t word) { std::memcpy(mask, &word, sizeof(word)); }
 
 // ---- Rows of groups of 2 or 4: every key is compared with its neighbours ----
 
@@ -41,8 +64,9 @@ struct LowerIndexWins {
 };
 
 template <class L, int kM, int kN>
-void rank_in_rows(const typename L::Key* keys, int64_t count, int /* n */, uint64_t* words) {
+void rank_in_rows(const typename L::Key* elements, int64_t count, int /* n */, typename L::Key nan, uint8_t* mask) {
   using Mask = typename L::Mask;
+  const KeyReader<L> reader(nan);
   static constexpr LowerIndexWins<L> kLowerWins;
   const Vec step1 = load(kLowerWins.for_flip1);
   const Vec step23 = load(kLowerWins.for_flip23);
@@ -50,7 +74,8 @@ void rank_in_rows(const typename L::Key* keys, int64_t count, int /* n */, uint6
     Mask dropped[64 / L::kLanes];
     NMS_UNROLL
     for (int i = 0; i < 64 / L::kLanes; ++i) {
-      const Vec key = load(keys + first + i * L::kLanes);
+      prefetch(elements + first + i * L::kLanes, kPrefetchBytes);
+      const Vec key = reader.key(elements + first + i * L::kLanes);
       const Mask lost1 = L::less(L::subtract(key, step1), L::template neighbours<1>(key));
       if constexpr (kM == 2) {
         dropped[i] = lost1;
@@ -66,7 +91,7 @@ void rank_in_rows(const typename L::Key* keys, int64_t count, int /* n */, uint6
           dropped[i] = static_cast<Mask>(lost1 & lost2 & lost3);
       }
     }
-    words[first / 64] = ~L::word(dropped);
+    store_word(mask + first / 8, ~L::word(dropped));
   }
 }
 
@@ -85,8 +110,8 @@ class Block {
   using Key = typename L::Key;
   using Threshold = Rank<kM, kPatternN>;
 
-  NMS_INLINE Block(const Key* keys, const Threshold& rank)
-      : keys_(keys), rank_(rank), turn_(L::broadcast(static_cast<Key>(rank.turned ? -1 : 0))) {}
+  NMS_INLINE Block(const Key* elements, const KeyReader<L>& reader, const Threshold& rank)
+      : elements_(elements), reader_(reader), rank_(rank), turn_(L::broadcast(static_cast<Key>(rank.turned ? -1 : 0))) {}
 
   // Lane g of the result belongs to group g where a group fills at least a vector, else see threshold_lane().
   NMS_INLINE Vec thresholds() const {
@@ -126,7 +151,9 @@ class Block {
   NMS_INLINE void load_leaf(Vec* v, int leaf, int group_vector) const {
     NMS_UNROLL
     for (int j = 0; j < L::kPerPart; ++j) {
-      v[j] = load(keys_ + ((leaf * L::kPerPart + j) * kGroupVectors + group_vector) * L::kLanes);
+      const Key* element = elements_ + ((leaf * L::kPerPart + j) * kGroupVectors + group_vector) * L::kLanes;
+      prefetch(element, kPrefetchBytes);
+      v[j] = reader_.key(element);
       if constexpr (Threshold::kAnyN) v[j] = bit_xor(v[j], turn_);
     }
     L::transpose_parts(v);
@@ -177,7 +204,8 @@ class Block {
     }
   }
 
-  const Key* keys_;
+  const Key* elements_;
+  const KeyReader<L>& reader_;
   const Threshold& rank_;
   const Vec turn_;  // all ones: complement the keys
 };
@@ -205,31 +233,33 @@ inline uint64_t __attribute__((noinline)) drop_last_ties(uint64_t kept, uint64_t
 }
 
 template <class L, int kM, int kN>
-void choose_in_rows(const typename L::Key* keys, int64_t count, int n, uint64_t* words) {
+void choose_in_rows(const typename L::Key* elements, int64_t count, int n, typename L::Key nan, uint8_t* mask) {
   using Key = typename L::Key;
   using Mask = typename L::Mask;
   constexpr int kBlock = kM * L::kLanes;
   constexpr int kWordVectors = 64 / L::kLanes;
+  const KeyReader<L> reader(nan);
   const Rank<kM, kN> rank(n);
   const int expected = 64 / kM * (kN > 0 ? kN : n);
   for (int64_t first = 0; first < count; first += kBlock) {
-    const Key* block_keys = keys + first;
-    const Block<L, kM, kN> block(block_keys, rank);
+    const Key* block_elements = elements + first;
+    const Block<L, kM, kN> block(block_elements, reader, rank);
     alignas(64) Key thresholds[L::kLanes];
     store(thresholds, block.thresholds());
     for (int f = 0; f < kM; f += kWordVectors) {
       Mask dropped[kWordVectors];
       NMS_UNROLL
       for (int i = 0; i < kWordVectors; ++i)
-        dropped[i] = L::less(load(block_keys + (f + i) * L::kLanes), block.spread(thresholds, f + i));
+        dropped[i] =
+            L::less(reader.magnitude(block_elements + (f + i) * L::kLanes), block.spread(thresholds, f + i));
       uint64_t kept = ~L::word(dropped);
       if (__builtin_expect(popcount64(kept) != expected, 0)) {
         Mask tied[kWordVectors];
         for (int i = 0; i < kWordVectors; ++i)
-          tied[i] = L::equal(load(block_keys + (f + i) * L::kLanes), block.spread(thresholds, f + i));
+          tied[i] = L::equal(reader.key(block_elements + (f + i) * L::kLanes), block.spread(thresholds, f + i));
         kept = drop_last_ties(kept, L::word(tied), kM, n);
       }
-      words[(first + f * L::kLanes) / 64] = kept;
+      store_word(mask + (first + f * L::kLanes) / 8, kept);
     }
   }
 }
@@ -303,8 +333,8 @@ void choose_in_lanes(const typename L::Key* keys, int groups, int n, uint64_t us
 // ---- n == m ----
 
 template <class L>
-void keep_all_in_rows(const typename L::Key*, int64_t count, int, uint64_t* words) {
-  for (int64_t i = 0; i < count / 64; ++i) words[i] = ~uint64_t{0};
+void keep_all_in_rows(const typename L::Key*, int64_t count, int, typename L::Key, uint8_t* mask) {
+  std::memset(mask, 0xFF, static_cast<size_t>(count / 8));
 }
 
 template <class L>

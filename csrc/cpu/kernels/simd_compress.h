@@ -118,20 +118,12 @@ void compress(const CompressPanel& p) {
   if (!has_chooser(p.m)) return scalar_kernels().compress[static_cast<int>(D)](p);
   using Bits = BitsOf<D>;
   constexpr int kSize = sizeof(Bits);
-  constexpr int64_t kRoom = 64 / kSize;  // elements of the widest vector
   const PackedFormat format = packed_format(p.n, p.m);
-  alignas(64) Bits padded[kChunk + kRoom] = {};
-  alignas(64) Bits packed[kChunk + kRoom];
-  choose_rows<D>(p.src, p.src_row, p.src_k, p.rows, p.k, p.n, p.m,
+  alignas(64) Bits packed[kChunk<typename Keys<D>::L> + 64 / kSize];  // and the widest vector
+  choose_rows<D>(p.src, p.src_row, p.src_k, p.rows, p.k, p.n, p.m, nullptr, 0,
                  [&](int64_t row, int64_t first, int64_t count, const Bits* elements, const uint8_t* mask) {
                    const int64_t groups = (count + p.m - 1) / p.m;
-                   const int64_t whole = groups * p.m;
-                   if (count != kChunk) {  // virtual zeros behind a short group; room to read behind any row's end
-                     std::memcpy(padded, elements, static_cast<size_t>(count) * kSize);
-                     for (int64_t i = count; i < whole; ++i) padded[i] = 0;
-                     elements = padded;
-                   }
-                   pack_kept<kSize>(reinterpret_cast<const char*>(elements), mask, whole,
+                   pack_kept<kSize>(reinterpret_cast<const char*>(elements), mask, groups * p.m,
                                     reinterpret_cast<char*>(packed));
                    Bits* values = static_cast<Bits*>(p.values) + row * p.values_row + first / p.m * p.n;
                    copy_bytes(packed, values, groups * p.n * kSize, p.stream);

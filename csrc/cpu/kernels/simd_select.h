@@ -4,15 +4,14 @@
 #pragma once
 
 // What    Chooses along rows and writes the masked copy, the packed mask, or both.
-// Layout  Any strides; rows of contiguous elements are read and written in place, others pass through a copy.
+// Layout  Any strides; strided destinations are written through a buffer.
 template <DType D>
 void select_rows(const SelectPanel& p) {
   using Bits = BitsOf<D>;
   constexpr int kSize = sizeof(Bits);
-  alignas(64) Bits strided[kChunk];
-  choose_rows<D>(p.src, p.src_row, p.src_k, p.rows, p.k, p.n, p.m,
+  alignas(64) Bits strided[kChunk<typename Keys<D>::L>];
+  choose_rows<D>(p.src, p.src_row, p.src_k, p.rows, p.k, p.n, p.m, p.bits, p.bits_row,
                  [&](int64_t row, int64_t first, int64_t count, const Bits* elements, const uint8_t* mask) {
-                   if (p.bits) copy_bits(mask, count, p.bits + row * p.bits_row + first / 8);
                    if (!p.dst) return;
                    Bits* dst = static_cast<Bits*>(p.dst) + row * p.dst_row + first * p.dst_k;
                    Bits* out = p.dst_k == 1 ? dst : strided;
