@@ -269,7 +269,9 @@ def decompress(values: Tensor, indices: Tensor, n: int, m: int, k: int, dim: int
     # One more slot a group takes the values that stand nowhere.
     slots = _as_int(values).new_zeros(*position.shape[:-1], m + 1)
     slots.scatter_(-1, position, _as_int(values).reshape(position.shape))
-    return slots[..., :m].flatten(-2)[..., :k].movedim(-1, dim).contiguous().view(values.dtype)
+    dense = slots[..., :m].flatten(-2)[..., :k].movedim(-1, dim)
+    # clone, because contiguous() leaves odd strides of dims of size 1, and convolutions go by strides.
+    return dense.clone(memory_format=torch.contiguous_format).view(values.dtype)
 
 
 def gather_packed(dense: Tensor, indices: Tensor, n: int, m: int, dim: int) -> Tensor:
