@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .guard import STEP_KEY
+from .rules import Step
 from .stepping import Stepper
 from .weight import BITS_KEY, DENSE_KEY, SparseWeight
 
@@ -19,8 +20,8 @@ StateDict = dict[str, Any]
 class StateHooks:
     """Makes an optimizer's state dict whole, and takes it over bit for bit.
 
-    ``Optimizer.load_state_dict`` casts every tensor to the dtype of its parameter, packed bits included, so ours are
-    set aside before it starts and put in place when it is done.
+    ``Optimizer.load_state_dict`` casts every tensor to the dtype of its parameter, packed bits included, so
+    ours are set aside before it starts and put in place when it is done.
     """
 
     def __init__(self, stepper: Stepper) -> None:
@@ -32,8 +33,8 @@ class StateHooks:
         self._stepper.catch_up()
         state = state_dict["state"]
         for key, weight in self._saved(state_dict):
-            # An empty entry for parameters without state: torch.distributed.checkpoint takes state of some parameters
-            # only for a damaged one.
+            # An empty entry for parameters without state: torch.distributed.checkpoint takes state of some
+            # parameters only for a damaged one.
             state[key] = {**state.get(key, {}), **(weight.state if weight is not None else {})}
         step = self._stepper.log.step
         for group in state_dict["param_groups"]:
@@ -54,7 +55,8 @@ class StateHooks:
                 continue
             if weight is None:
                 raise ValueError(
-                    f"the optimizer state has a dense weight behind parameter {key}, which the scheme leaves dense"
+                    f"the optimizer state has a dense weight behind parameter {key}, "
+                    f"which the scheme leaves dense"
                 )
             dense, bits = entries[DENSE_KEY], entries[BITS_KEY]
             weight.check_state(dense, bits)
@@ -70,7 +72,7 @@ class StateHooks:
         step = saved_step(optimizer)
         for weight, dense, bits in self._incoming:
             weight.pattern = stepper.pattern_at(weight, step)
-            weight.load_state(dense, bits)
+            weight.load_state(dense, bits, stepper.rule, Step(step, {}))
         if self._incoming:
             stepper.log.load(step)
         self._incoming = []

@@ -1,7 +1,7 @@
-"""What sharded parameters (DTensor: FSDP2, tensor parallel) need: their local contents, and tensors sharded alike.
+"""What sharded parameters (DTensor: FSDP2, tensor parallel) need: local contents, and tensors sharded alike.
 
-``parameter.data = other`` does not reach inside a DTensor, and kernels want plain tensors. So everything here works on
-the *local* part, and only what others see (optimizer state, masks) is wrapped again.
+``parameter.data = other`` does not reach inside a DTensor, and kernels want plain tensors. So everything here
+works on the *local* part, and only what others see (optimizer state, masks) is wrapped again.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ def check_placement(name: str, parameter: Tensor, group_dim: int) -> None:
     for placement in _placements(parameter):
         if placement.is_shard() and placement.dim % parameter.dim() == group_dim:
             raise ValueError(
-                f"{name} is sharded along its group dim {group_dim} ({placement}), which cuts groups of weights apart; "
-                f"shard another dim, or leave this weight out of the scheme"
+                f"{name} is sharded along its group dim {group_dim} ({placement}), which cuts groups "
+                f"apart; shard another dim, or leave this weight out of the scheme"
             )
         if placement.is_partial():
-            raise ValueError(f"{name} has the placement {placement}: its values are not settled, only its summands")
+            raise ValueError(
+                f"{name} has the placement {placement}: its values are not settled, only its summands"
+            )
 
 
 def wrap_like(local: Tensor, parameter: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ def wrap_like(local: Tensor, parameter: Tensor) -> Tensor:
 
 
 def wrap_bits(local: Tensor, parameter: Tensor, group_dim: int) -> Tensor:
-    """Packed bits of a local part as bits of the whole ``parameter``: [other dims..., bytes], sharded alike."""
+    """Packed bits of a local part as those of the whole ``parameter``: [other dims..., bytes]."""
     if not is_dtensor(parameter):
         return local
     shape = [size for dim, size in enumerate(parameter.shape) if dim != group_dim]
@@ -78,9 +80,8 @@ def assign(target: Tensor, source: Tensor) -> None:
     if is_dtensor(target) and not is_dtensor(source):
         from torch.distributed.tensor import distribute_tensor
 
-        source = distribute_tensor(
-            source.to(target.device), target.device_mesh, target.placements  # type: ignore[attr-defined]
-        )
+        mesh = target.device_mesh  # type: ignore[attr-defined]
+        source = distribute_tensor(source.to(target.device), mesh, _placements(target))
     if is_dtensor(source) and not is_dtensor(target):
         source = source.full_tensor()  # type: ignore[attr-defined]
     if same_placement(target, source):

@@ -11,8 +11,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..weights import canonical_name
 
-# In every parameter group of an optimizer with a Sparsifier: the number of steps made. It travels with copies and
-# checkpoints, which hooks do not.
+# In every parameter group of an optimizer with a Sparsifier: the number of steps made. It travels with copies
+# and checkpoints, which hooks do not.
 STEP_KEY = "nm_step"
 # On an optimizer with a Sparsifier: that. It does not travel.
 _ATTRIBUTE = "_nm_sparsifier"
@@ -20,24 +20,34 @@ _ATTRIBUTE = "_nm_sparsifier"
 _watching = False
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Refuses what is no optimizer, or one whose steps cannot be hooked.
+def check_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Returns the optimizer, unwrapped; refuses what is none, or whose steps cannot be hooked.
 
     Raises:
         TypeError: If it is no ``torch.optim`` optimizer.
         ValueError: If it evaluates its closure several times, records its steps, or has a Sparsifier already.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    # Wrappers such as accelerate's claim to be optimizers, but it is the one inside whose hooks are called.
+    while not _has_hooks(optimizer) and isinstance(
+        getattr(optimizer, "optimizer", None), torch.optim.Optimizer
+    ):
+        optimizer = optimizer.optimizer
+    if not _has_hooks(optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
-            "optimizer LBFGS evaluates its closure several times a step, which an N:M mask would change under its "
-            "feet; use an optimizer that takes one gradient a step"
+            "optimizer LBFGS evaluates its closure several times a step, on weights that N:M training would "
+            "have to mask in between; use an optimizer that takes one gradient a step"
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError("optimizer has differentiable=True: the change of a mask has no gradient")
     if sparsifier_of(optimizer) is not None:
         raise ValueError("optimizer has a Sparsifier already; finalize() that one first")
+    return optimizer
+
+
+def _has_hooks(optimizer: Any) -> bool:
+    return isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks")
 
 
 def check_model(model: nn.Module, scheme: Any) -> None:
@@ -52,13 +62,15 @@ def check_model(model: nn.Module, scheme: Any) -> None:
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(
-                f"{name or 'model'} is wrapped in FullyShardedDataParallel (FSDP1), which flattens weights so that "
-                f"groups are lost; use torch.distributed.fsdp.fully_shard (FSDP2)"
+                f"{name or 'model'} is wrapped in FullyShardedDataParallel (FSDP1), which flattens weights "
+                f"so that groups are lost; use torch.distributed.fsdp.fully_shard (FSDP2)"
             )
     parametrized = _parametrized(model)
     if isinstance(scheme, Mapping):
         named = {canonical_name(key) for key in scheme}
-        parametrized = {key: how for key, how in parametrized.items() if named & {key, key.removesuffix(".weight")}}
+        parametrized = {
+            key: how for key, how in parametrized.items() if named & {key, key.removesuffix(".weight")}
+        }
     if parametrized:
         raise ValueError(
             "weights that are computed from other parameters cannot be sparse: "
@@ -78,7 +90,11 @@ def _parametrized(model: nn.Module) -> dict[str, str]:
         for attr in module._parameters:
             # The older weight_norm, spectral_norm and torch.nn.utils.prune keep weight_v or weight_orig.
             stem = attr.removesuffix("_orig") if attr.endswith("_orig") else attr.removesuffix("_v")
-            if stem != attr and stem not in module._parameters and isinstance(getattr(module, stem, None), Tensor):
+            if (
+                stem != attr
+                and stem not in module._parameters
+                and isinstance(getattr(module, stem, None), Tensor)
+            ):
                 found[f"{dot}{stem}"] = f"made from {attr}"
     return found
 
@@ -102,10 +118,10 @@ def set_sparsifier(optimizer: torch.optim.Optimizer, sparsifier: Any) -> None:
 
 @torch.compiler.disable
 def _refuse_without_hooks(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """A step without hooks would train the sparse weights as if they were all there is, and nobody would notice."""
+    """A step without hooks would train the sparse weights as if they were all there is, unnoticed."""
     if sparsifier_of(optimizer) is None and any(STEP_KEY in group for group in optimizer.param_groups):
         raise RuntimeError(
-            "this optimizer's state belongs to a Sparsifier, but it has none: hooks do not survive copying or loading. "
-            "Copy model, optimizer and Sparsifier together (copy.deepcopy((model, optimizer, sparsifier))), or make "
-            "nms.Sparsifier(model, optimizer, scheme) for this one; finalize() that to go on without sparsity"
+            "this optimizer's state belongs to a Sparsifier, but it has none: hooks do not survive "
+            "copying or loading. Copy the three together, copy.deepcopy((model, optimizer, sparsifier)), or "
+            "make nms.Sparsifier(model, optimizer, scheme) for this one; finalize() that to go on without one"
         )

@@ -17,8 +17,8 @@ _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def check_ranks_equal(weights: Sequence[SparseWeight], settings: str, group: Any = None) -> None:
     """Compares settings, and the dense weights of unsharded parameters, over the ranks. A collective.
 
-    Replicas that start from different dense weights look alike at first, as DDP broadcasts the parameters, which are
-    the sparse ones. They would drift apart for good with the first mask that differs.
+    Replicas that start from different dense weights look alike at first, as DDP broadcasts the parameters,
+    which are the sparse ones. They would drift apart for good with the first mask that differs.
 
     Args:
         weights: The weights.
@@ -36,10 +36,11 @@ def check_ranks_equal(weights: Sequence[SparseWeight], settings: str, group: Any
             first, other = everyone[0].get(name), theirs.get(name)
             if first != other:
                 raise RuntimeError(
-                    f"ranks 0 and {rank} do not train the same sparse model: {name} differs ({first} and {other}). "
-                    f"Make the Sparsifier after the replicas have been made equal (after DistributedDataParallel, or "
-                    f"with the same seed and checkpoint on every rank). If the ranks are meant to train different "
-                    f"models, give it the process_group of the replicas, or process_group=False"
+                    f"ranks 0 and {rank} do not train the same sparse model: {name} differs ({first} and "
+                    f"{other}). Make the Sparsifier when the replicas are equal: after "
+                    f"DistributedDataParallel, or with the same seed and checkpoint on every rank. If the "
+                    f"ranks are meant to train different models, give it the process_group of the replicas, or "
+                    f"process_group=False"
                 )
 
 
@@ -52,4 +53,6 @@ def _digest(weight: SparseWeight) -> str:
 
 def _checksum(tensor: Tensor) -> int:
     """The sum of the bits taken as integers: independent of the order of summation."""
-    return int(tensor.contiguous().view(_INT_OF_SIZE[tensor.element_size()]).sum(dtype=torch.int64)) & (2**64 - 1)
+    return int(tensor.contiguous().view(_INT_OF_SIZE[tensor.element_size()]).sum(dtype=torch.int64)) & (
+        2**64 - 1
+    )

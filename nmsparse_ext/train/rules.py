@@ -1,13 +1,14 @@
 """Update rules: what sets one way of N:M training apart from another. A new one takes about 20 lines.
 
-A rule says up to three things about a sparse weight at an optimizer step, in this order:
+A rule says up to four things about a sparse weight at an optimizer step, in this order:
 
 1. `Rule.adjust_dense`: a change to the dense weight beside the optimizer (none by default);
 2. `Rule.adjust_grad`: a change to the gradient that the optimizer sees (none by default);
-3. `Rule.choose`: the new mask and the masked weight (by default the largest ``|w|`` of each group).
+3. `Rule.choose`: the new mask and the masked weight (by default the largest ``|w|`` of each group);
+4. `Rule.soften`: what pruned weights contribute to the forward pass all the same (by default nothing).
 
-Everything else (when a step is one, what the gradient's scale is, where the dense weight lives) is settled before a
-rule is asked, so a rule is the formula in the paper and nothing more.
+Everything else (when a step is one, what the gradient's scale is, where the dense weight lives) is settled
+before a rule is asked, so a rule is the formula in the paper and nothing more.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ class Step:
     """What a rule may know of the step being made.
 
     Attributes:
-        number: Its number, from 1.
+        number: Its number, from 1; 0 for the start.
         group: The optimizer's parameter group of the weight (``lr`` and so on); empty if it is in none yet.
-        grad_scale: What the gradients are still multiplied by (one float32), ``None`` for 1. Only a fused optimizer
+        grad_scale: What the gradients are still multiplied by (one float32), ``None`` for 1. Only a fused
+            optimizer
             under a GradScaler sees scaled gradients; what a rule adds to them must be scaled alike.
         found_inf: For such an optimizer, nonzero if it is going to skip this step; ``None`` if it will not.
     """
@@ -46,8 +48,8 @@ class Step:
 class Rule:
     """Straight-through estimation: the gradient of the sparse weight updates the whole dense weight.
 
-    Subclass it to make another rule. Methods work in place, on this rank's part of sharded weights, without gradient
-    recording; they should neither allocate nor wait for a GPU.
+    Subclass it to make another rule. Methods work in place, on this rank's part of sharded weights, without
+    gradient recording; they should neither allocate nor wait for a GPU.
 
     Example:
         SR-STE whose strength grows over the first steps:
@@ -72,10 +74,10 @@ class Rule:
         """Refuses a parameter group of the optimizer that the rule cannot work with, by a ``ValueError``."""
 
     def adjust_dense(self, weight: SparseWeight, step: Step) -> None:
-        """Changes ``weight.dense`` in place, right before the optimizer's step; only if the weight has a gradient."""
+        """Changes ``weight.dense`` in place, right before an optimizer's step that has a gradient for it."""
 
     def adjust_grad(self, weight: SparseWeight, grad: Tensor, step: Step) -> None:
-        """Changes ``grad`` in place: a copy that the optimizer will see. The gradient itself is restored afterwards.
+        """Changes ``grad`` in place: a copy for the optimizer. The gradient itself is back afterwards.
 
         Args:
             weight: The weight; ``weight.dense`` and ``weight.bits`` are what the forward pass was made with.
@@ -84,7 +86,7 @@ class Rule:
         """
 
     def choose(self, weight: SparseWeight, out: Tensor, bits: Tensor, step: Step) -> None:
-        """Chooses the next mask. Called after the optimizer's step, whether the weight had a gradient or not.
+        """Chooses the next mask. Called after the optimizer's step, gradient or not, and once at the start.
 
         Args:
             weight: The weight; ``weight.dense`` is the new one, ``weight.bits`` still the old mask.
@@ -93,6 +95,17 @@ class Rule:
             step: The step being made.
         """
         weight.new_mask(out, bits)
+
+    def soften(self, weight: SparseWeight, out: Tensor, step: Step) -> None:
+        """Changes the masked weight in place, for rules in which pruned weights fade out.
+
+        Also called when a checkpoint is loaded: it must depend on its arguments alone.
+
+        Args:
+            weight: The weight; ``weight.dense`` and ``weight.bits`` are the new ones.
+            out: The masked weight, which the model is going to compute with.
+            step: The step that was made last; its number is 0 before the first.
+        """
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
@@ -106,14 +119,15 @@ class Ste(Rule):
 class SrSte(Rule):
     """SR-STE: STE plus a pull of the pruned weights towards zero, so that masks settle.
 
-    The update of the dense weight W with mask E is ``W -= lr * (g + lambda_w * (1 - E) * W)``, g being the gradient of
-    the sparse weight. The term is added once per optimizer step, after unscaling and clipping.
+    The update of the dense weight W with mask E is ``W -= lr * (g + lambda_w * (1 - E) * W)``, g being the
+    gradient of the sparse weight. The term is added once per optimizer step, after unscaling and clipping.
 
     Args:
         lambda_w: The strength. May be negative, which the authors use to show that masks then flip more.
-        penalty: ``"gradient"``: the term is part of the gradient, as published (and goes through momentum and an
-            adaptive optimizer's normalisation). ``"decoupled"``: ``W -= lr * lambda_w * (1 - E) * W`` beside the
-            optimizer, as AdamW does with weight decay.
+        penalty: ``"gradient"``: the term is part of the gradient, as published (and goes through momentum and
+            an
+            adaptive optimizer's normalisation). ``"decoupled"``: ``W -= lr * lambda_w * (1 - E) * W`` beside
+            the optimizer, as AdamW does with weight decay.
 
     Raises:
         TypeError: If ``lambda_w`` is no number.
@@ -176,8 +190,8 @@ class SrSte(Rule):
 class Static(Rule):
     """A fixed mask: chosen once, then only the kept weights are trained (as NVIDIA's ASP does).
 
-    Gradients are masked too, so that pruned weights leave no trace in momenta or in norms over a whole weight. What
-    was pruned stays available as `Sparsifier.dense_weight`.
+    Gradients are masked too, so that pruned weights leave no trace in momenta or in norms over a whole
+    weight. What was pruned stays available as `Sparsifier.dense_weight`.
     """
 
     def adjust_grad(self, weight: SparseWeight, grad: Tensor, step: Step) -> None:
@@ -185,7 +199,7 @@ class Static(Rule):
         ops.apply_bits_(grad, weight.bits, dim=weight.dim)
 
     def choose(self, weight: SparseWeight, out: Tensor, bits: Tensor, step: Step) -> None:
-        """Keeps the mask, unless a schedule has changed the pattern."""
+        """Keeps the mask, unless there is none yet or a schedule has changed the pattern."""
         if weight.pattern == weight.mask_pattern:
             weight.keep_mask(out, bits)
         else:

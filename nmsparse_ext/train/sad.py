@@ -63,8 +63,8 @@ class SadHistory:
 class SadLog:
     """Counters in a ring on each device, one row a step, copied to the host when the ring is full.
 
-    A row has one column a weight and a last one that is nonzero if the step turned out to be skipped (a fused optimizer
-    under a GradScaler knows only on the device); such rows are dropped when they are read.
+    A row has one column a weight and a last one that is nonzero if the step turned out to be skipped (a fused
+    optimizer under a GradScaler knows only on the device); such rows are dropped when they are read.
 
     Args:
         names: The weights' names.
@@ -97,14 +97,14 @@ class SadLog:
 
     @property
     def step(self) -> int:
-        """The number of the last step made. Waits for the device only if a step may have been skipped there."""
+        """The number of the last step made. Waits for the device only if that may have skipped some."""
         if self._may_skip:
             self._flush()
         return self._made
 
     @property
     def next_step(self) -> int:
-        """The number of the step being made, without waiting: too high by those that were skipped unnoticed."""
+        """The number of the step being made, without waiting; too high if the device has skipped some."""
         return self._made + 1
 
     def counters(self) -> list[Tensor]:
@@ -221,7 +221,7 @@ class _Ring:
         self.table = torch.zeros(_RING_ROWS, len(columns) + 1, dtype=torch.int64, device=device)
 
     def send(self, rows: int) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Copies the first rows to the host and empties them; on a GPU without waiting, so with an event to wait for."""
+        """Copies the first rows to the host and empties them; from a GPU, comes with an event to wait for."""
         on_gpu = self.table.is_cuda
         copy = torch.empty(rows, self.table.shape[1], dtype=torch.int64, pin_memory=on_gpu)
         copy.copy_(self.table[:rows], non_blocking=on_gpu)

@@ -42,6 +42,6 @@ def as_function(schedule: Schedule | ScheduleFunction | None) -> ScheduleFunctio
     if callable(schedule):
         return schedule
     raise TypeError(
-        f"schedule must be a function (step, name, pattern) -> pattern, or an object with such a method `pattern`, "
-        f"got {schedule!r}"
+        f"schedule must be a function (step, name, pattern) -> pattern, or an object with such a method "
+        f"`pattern`, got {schedule!r}"
     )

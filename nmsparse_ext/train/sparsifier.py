@@ -16,9 +16,9 @@ from ..weights import canonical_name
 from ..weights import weights as list_weights
 from .checkpoint import StateHooks, saved_step
 from .dtensor import is_dtensor, shard_groups
-from .guard import STEP_KEY, check_model, check_optimizer, set_sparsifier, sparsifier_of
+from .guard import STEP_KEY, check_model, check_optimizer, set_sparsifier
 from .ranks import check_ranks_equal
-from .rules import Rule, make_rule
+from .rules import Rule, Step, make_rule
 from .sad import SadHistory, SadLog
 from .schedule import Schedule, ScheduleFunction, as_function
 from .stepping import Stepper
@@ -30,11 +30,11 @@ _STATE_VERSION = 1
 class Sparsifier:
     """Trains a model under an N:M scheme, through the step hooks of its optimizer.
 
-    The parameters *are* the sparse weights: forward, backward, ``state_dict`` and whatever else reads the model see
-    them and nothing unusual. The dense weight behind each of them lives with the optimizer. At every
-    ``optimizer.step()`` the dense weight is swapped in by pointer, the rule adjusts its gradient (a copy of it:
-    ``p.grad`` is what it was before), the optimizer does its work, the mask is chosen anew, and the masked weight is
-    written to the parameter's own storage. A step takes two passes over memory more than the optimizer's own.
+    The parameters *are* the sparse weights: forward, backward, ``state_dict`` and whatever else reads the
+    model see them and nothing unusual. The dense weight behind each of them lives with the optimizer. At
+    every ``optimizer.step()`` the dense weight is swapped in by pointer, the rule adjusts its gradient (a
+    copy of it: ``p.grad`` is what it was before), the optimizer does its work, the mask is chosen anew, and
+    the masked weight is written to the parameter's own storage.
 
     Equivalent, for ``method="sr-ste"`` and a loop without tricks, to::
 
@@ -49,21 +49,21 @@ class Sparsifier:
 
     Args:
         model: The model, wrapped (DDP, ``torch.compile``, ``fully_shard``) or not.
-        optimizer: Any ``torch.optim`` optimizer that takes one gradient a step. Weights of the scheme that are in none
-            of its parameter groups are masked, and trained once they are added.
+        optimizer: Any ``torch.optim`` optimizer that takes one gradient a step. Weights of the scheme that
+            are in none of its parameter groups are masked, and trained once they are added.
         scheme: A `Scheme`, a mapping ``{name: pattern}``, or one pattern for everything that can be pruned.
         method: ``"sr-ste"``, ``"ste"``, ``"static"`` (the mask is chosen once) or a `Rule`.
         lambda_w: The strength of SR-STE's pull on pruned weights; the other methods do not use it.
-        schedule: ``(step, name, pattern) -> pattern`` with which each mask is chosen, or an object with such a method
-            ``pattern``; ``None`` for the scheme's own patterns from the start.
+        schedule: A function ``(step, name, pattern) -> pattern`` that says with which pattern each mask is
+            chosen, or an object with such a method (`Schedule`); ``None`` for the scheme's from the start.
         penalty: For ``"sr-ste"``: ``"gradient"``, as published, or ``"decoupled"``, beside the optimizer.
-        process_group: The ranks that train the same model, which are compared at the first step: ``None`` for all of
-            them, ``False`` for no comparison.
+        process_group: The ranks that train the same model, which are compared at the first step: ``None`` for
+            all of them, ``False`` for no comparison.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If the scheme does not fit the model, or model or optimizer cannot be trained this way: FSDP1,
-            parametrized weights, weights sharded along their group dim, LBFGS, ``differentiable=True``.
+        ValueError: If the scheme does not fit the model, or model or optimizer cannot be trained this way:
+            FSDP1, parametrized weights, weights sharded along their group dim, LBFGS, and the like.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -87,7 +87,7 @@ class Sparsifier:
         penalty: str = "gradient",
         process_group: Any = None,
     ) -> None:
-        check_optimizer(optimizer)
+        optimizer = check_optimizer(optimizer)
         check_model(model, scheme)
         self._scheme = as_scheme(scheme, model)
         self._model = model
@@ -111,7 +111,7 @@ class Sparsifier:
         self.remember()
         self._attach()
 
-    # ------------------------------------------------------------------------------------------------- reading
+    # --------------------------------------------------------------------------------------------- reading
 
     @property
     def model(self) -> nn.Module:
@@ -141,16 +141,16 @@ class Sparsifier:
     @property
     def patterns(self) -> dict[str, Pattern]:
         """The patterns of the masks as they are now; the scheme's, unless there is a schedule."""
-        return {name: weight.mask_pattern for name, weight in self._weights.items()}
+        return {name: weight.mask_pattern or weight.pattern for name, weight in self._weights.items()}
 
     def sad(self, since: int | None = None) -> dict[str, int]:
-        """Sparse Architecture Divergence: how many weights are kept now and were pruned then, or the other way round.
+        """Sparse Architecture Divergence: how many weights are kept in one mask and pruned in another.
 
         Waits for the device. Sharded weights are summed over their ranks, so every rank must call this.
 
         Args:
-            since: The number of a remembered step (`remember`; 0, the start, always is). ``None``: the step before the
-                last one.
+            since: Compare the masks as they are now with those of this step: 0, the start, or one for which
+                `remember` was called. ``None``: compare the last step with the one before.
 
         Returns:
             ``{parameter name: count}``.
@@ -162,13 +162,20 @@ class Sparsifier:
         if since is None:
             return self._stepper.log.last()
         if since not in self._remembered:
-            raise ValueError(f"since must be a remembered step, one of {sorted(self._remembered)}, got {since!r}")
+            raise ValueError(
+                f"since must be a remembered step, one of {sorted(self._remembered)}, got {since!r}"
+            )
         then = self._remembered[since]
         counts = [int(ops.sad(weight.bits, then[name])) for name, weight in self._weights.items()]
-        return dict(zip(self._weights, map(int, self._sum_over_ranks(torch.tensor([counts]))[0]), strict=True))
+        total = self._sum_over_ranks(torch.tensor([counts]))[0].tolist()
+        return dict(zip(self._weights, map(int, total), strict=True))
 
     def remember(self) -> int:
-        """Keeps a copy of the masks as they are now (one bit a weight), for `sad`; returns the step's number."""
+        """Keeps a copy of the masks as they are now, one bit a weight, for `sad`.
+
+        Returns:
+            The number of the step, to be given as ``since``.
+        """
         self._stepper.catch_up()
         step = self.step
         self._remembered[step] = {name: weight.bits.clone() for name, weight in self._weights.items()}
@@ -190,7 +197,7 @@ class Sparsifier:
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
-        """``{parameter name: mask}``, bool and of the weight's shape, True = kept; unpacked when it is looked up."""
+        """``{parameter name: mask}``: bool, the weight's shape, True = kept; unpacked when looked up."""
         self._stepper.catch_up()
         return _Masks(self)
 
@@ -204,30 +211,41 @@ class Sparsifier:
             KeyError: If the scheme has no such weight.
         """
         self._stepper.catch_up()
-        return self._find(name).dense_weight()
+        return self._find(name).whole_dense
 
     def __repr__(self) -> str:
         counts: dict[str, int] = {}
         for weight in self._weights.values():
             counts[str(weight.final_pattern)] = counts.get(str(weight.final_pattern), 0) + 1
         parts = ", ".join(f"{count} x {pattern}" for pattern, count in counts.items())
-        return f"Sparsifier({parts or 'nothing sparse'}; {self.rule!r}, step {self._stepper.log.next_step - 1})"
+        step = self._stepper.last_step.number
+        return f"Sparsifier({parts or 'nothing sparse'}; {self.rule!r}, step {step})"
 
-    # ------------------------------------------------------------------------------------------------- the end
+    # --------------------------------------------------------------------------------------------- the end
 
     @torch.no_grad()
     def finalize(self) -> nn.Module:
-        """Detaches from the optimizer. The model keeps the sparse weights and is returned; dense weights are dropped.
+        """Detaches from the optimizer. The model keeps the sparse weights, which satisfy the scheme.
 
-        If a schedule has not come to its end, the scheme's own patterns are applied.
+        If a schedule has not come to its end, the scheme's own patterns are applied. History and masks can
+        still be read; the dense weights go when this object does.
+
+        Returns:
+            The model.
         """
-        if sparsifier_of(self.optimizer) is not self:
+        stepper = self._stepper
+        if stepper.finished:
             return self._model
-        self._stepper.catch_up()
+        stepper.catch_up()
         for weight in self._weights.values():
-            if weight.mask_pattern != weight.final_pattern:
-                weight.pattern = weight.final_pattern
-                weight.choose_initial()
+            weight.pattern = weight.final_pattern
+            if weight.mask_pattern == weight.pattern:
+                weight.write_back(
+                    Rule(), stepper.last_step
+                )  # without what a rule may have left of pruned weights
+            else:
+                weight.choose(Rule(), stepper.last_step)
+        stepper.finished = True
         for handle in self._handles:
             handle.remove()
         self._stepper.take_state()
@@ -236,7 +254,7 @@ class Sparsifier:
         set_sparsifier(self.optimizer, None)
         return self._model
 
-    # ------------------------------------------------------------------------------------------------- hooks
+    # ----------------------------------------------------------------------------------------------- hooks
 
     def _attach(self) -> None:
         optimizer, stepper, state = self.optimizer, self._stepper, StateHooks(self._stepper)
@@ -252,17 +270,18 @@ class Sparsifier:
 
     @torch.no_grad()
     def _first_masks(self) -> None:
-        """Chooses the masks to start with, or takes over what an optimizer that was copied or loaded brings along."""
-        step = self._stepper.log.step
+        """Chooses the masks to start with, or takes over those of an optimizer that was copied or loaded."""
+        stepper = self._stepper
         for weight in self._weights.values():
-            weight.pattern = self._stepper.pattern_at(weight, step)
+            weight.pattern = stepper.pattern_at(weight, stepper.last_step.number)
             entries = self.optimizer.state.get(weight.parameter, {})
             if DENSE_KEY in entries:
-                weight.load_state(entries.pop(DENSE_KEY), entries.pop(BITS_KEY))
+                dense, bits = entries.pop(DENSE_KEY), entries.pop(BITS_KEY)
+                weight.load_state(dense, bits.to(torch.uint8), stepper.rule, stepper.last_step)
             else:
-                weight.choose_initial()
+                weight.choose(stepper.rule, stepper.last_step)
         if self.optimizer.state:
-            self._stepper.put_state()
+            stepper.put_state()
 
     def _check_first_step(self) -> None:
         """Checks what can only be known once training starts."""
@@ -271,27 +290,27 @@ class Sparsifier:
             # FSDP2 may hold the gathered parameter there, between forward and backward and also after.
             if module._parameters.get(attr) is not parameter and not is_dtensor(parameter):
                 raise RuntimeError(
-                    f"{name} is another parameter than when the Sparsifier was made, and the optimizer does not know "
-                    f"it either; apply fully_shard and the like first, then make the optimizer and the Sparsifier"
+                    f"{name} is another parameter than when the Sparsifier was made, and the optimizer does "
+                    f"not know it either; apply fully_shard and the like first, then make the two"
                 )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and self._process_group is not False:
             check_ranks_equal(list(self._weights.values()), repr(self.rule), self._process_group)
 
-    # ------------------------------------------------------------------------------------------------- state
+    # ----------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that must be saved: dense weights, masks, step, SAD history and remembered masks.
 
-        ``optimizer.state_dict()`` holds the first three too, so a checkpoint of model and optimizer is enough to go on
-        bit for bit; this one adds the history. As in any state dict, the tensors are live ones.
+        ``optimizer.state_dict()`` holds the first three too, so a checkpoint of model and optimizer is enough
+        to go on bit for bit; this one adds the history. As in any state dict, the tensors are live ones.
         """
         self._stepper.catch_up()
         first, table = self._stepper.log.table()
         return {
             "version": _STATE_VERSION,
             "step": self.step,
-            "patterns": {name: str(weight.mask_pattern) for name, weight in self._weights.items()},
+            "patterns": {name: str(pattern) for name, pattern in self.patterns.items()},
             "weights": {name: dict(weight.state) for name, weight in self._weights.items()},
             "remembered": {step: dict(bits) for step, bits in self._remembered.items()},
             "sad": {"first": first, "table": table},
@@ -314,29 +333,28 @@ class Sparsifier:
             )
         for name, weight in self._weights.items():
             weight.check_state(saved[name][DENSE_KEY], saved[name][BITS_KEY])
-        self._stepper.recover()
+        stepper, step = self._stepper, Step(state["step"], {})
+        stepper.recover()
         for name, weight in self._weights.items():
-            weight.pattern = weight.mask_pattern = Pattern.parse(state["patterns"][name])
-            weight.load_state(saved[name][DENSE_KEY], saved[name][BITS_KEY])
-        self._stepper.log.load(state["step"], state["sad"]["first"], state["sad"]["table"])
+            weight.pattern = stepper.pattern_at(weight, step.number)
+            weight.load_state(saved[name][DENSE_KEY], saved[name][BITS_KEY], stepper.rule, step)
+        stepper.log.load(state["step"], state["sad"]["first"], state["sad"]["table"])
         self._remembered = {
             step: {name: bits.to(self._weights[name].bits.device) for name, bits in masks.items()}
             for step, masks in state["remembered"].items()
         }
-        self._stepper.write_step()
+        stepper.write_step()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key != "_handles"}
-        return {**state, "_attached": sparsifier_of(self.optimizer) is self}
+        return {key: value for key, value in self.__dict__.items() if key != "_handles"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        attached = state.pop("_attached")
         self.__dict__.update(state)
-        if attached:
+        if not self._stepper.finished:
             self._stepper.reset()
             self._attach()
 
-    # ------------------------------------------------------------------------------------------------- internals
+    # ------------------------------------------------------------------------------------------- internals
 
     def _find(self, name: str) -> SparseWeight:
         known = self._resolve(name)
@@ -371,7 +389,7 @@ class _Masks(Mapping[str, Tensor]):
         self._sparsifier = sparsifier
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._sparsifier._find(name).masks()
+        return self._sparsifier._find(name).whole_mask
 
     def __contains__(self, name: object) -> bool:
         return self._sparsifier._resolve(name) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Stepper:
         self.schedule = schedule
         self.log = log
         self._at_first_step: Callable[[], None] | None = at_first_step
+        self.finished = False
         self._warned = False
         self._begin()
         self.find_members()
@@ -64,11 +66,11 @@ class Stepper:
         self._depth = 0  # of hooked step() calls within the one being made
 
     @property
-    def members(self) -> list[SparseWeight]:
-        """The weights that are in a parameter group."""
-        return [weight for weight, _ in self._members]
+    def last_step(self) -> Step:
+        """The last step made, for rules that are asked between steps."""
+        return Step(self.log.next_step - 1, {})
 
-    # ----------------------------------------------------------------------------------------------- the hooks
+    # ------------------------------------------------------------------------------------------- the hooks
 
     @torch.no_grad()
     def before_step(
@@ -82,6 +84,7 @@ class Stepper:
         self.take_state()
         self._idle = self._is_no_step(kwargs)
         if self._idle:
+            self.catch_up()
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
@@ -89,10 +92,14 @@ class Stepper:
             return None
         self._awaits_closure = True
         wrapped = self._wrap(closure)
-        return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
+        if len(args) > 1:
+            return (args[0], wrapped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
 
     @torch.no_grad()
-    def after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def after_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """The step post-hook."""
         if self._depth:
             self._depth -= 1
@@ -100,8 +107,8 @@ class Stepper:
         if self._awaits_closure:
             self._awaits_closure = False
             raise RuntimeError(
-                f"{type(optimizer).__name__}.step() did not evaluate its closure, so it has updated the sparse "
-                f"weights instead of the dense ones"
+                f"{type(optimizer).__name__}.step() did not evaluate its closure, so it has updated the "
+                f"sparse weights instead of the dense ones"
             )
         if self._idle:
             for weight in self.weights.values():
@@ -130,7 +137,7 @@ class Stepper:
         return closure_then_swap
 
     def _is_nested(self) -> bool:
-        """Whether this is a hooked ``step()`` within the one being made: of a subclass that calls ``super().step()``.
+        """Whether this ``step()`` is within the one being made: a subclass that calls its base.
 
         Otherwise a step that has not ended is one that an exception has cut short; only the stack can tell.
         """
@@ -141,7 +148,7 @@ class Stepper:
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return True  # a fused optimizer under a GradScaler; on a GPU only the kernel knows
-        # torch.distributed.checkpoint makes an optimizer create its state by a step with zero gradients at lr 0.
+        # torch.distributed.checkpoint has an optimizer create its state by a step of zero gradients at lr 0.
         return (
             "closure" in kwargs
             and kwargs["closure"] is None
@@ -150,7 +157,7 @@ class Stepper:
             and all(_is_zero(group.get("lr")) for group in self.optimizer.param_groups)
         )
 
-    # ----------------------------------------------------------------------------------------------- the exchange
+    # ---------------------------------------------------------------------------------------- the exchange
 
     def _enter(self) -> None:
         """Swaps the dense weights in and lets the rule have its say."""
@@ -201,15 +208,15 @@ class Stepper:
         return self._step is not None or self._awaits_closure
 
     def recover(self) -> None:
-        """Ends a step that an exception has cut short, so that no parameter is left pointing at its dense weight."""
+        """Ends a step that an exception has cut short: no parameter is left pointing at its dense weight."""
         entered, self._step = self._step is not None, None
         self._awaits_closure, self._depth = False, 0
         if entered:
             with torch.no_grad():
                 for weight, _ in self._members:
-                    weight.cancel()
+                    weight.cancel(self.rule, self.last_step)
 
-    # ----------------------------------------------------------------------------------------------- between steps
+    # --------------------------------------------------------------------------------------- between steps
 
     def find_members(self) -> None:
         """Finds the weights in the parameter groups, again whenever a group or a parameter has been added."""
@@ -230,6 +237,8 @@ class Stepper:
 
         Ends a step that was cut short, and adopts what was written to parameters from outside.
         """
+        if self.finished:
+            return
         if self._is_in_step:
             if _steps_on_stack(self.optimizer):
                 return
@@ -237,15 +246,15 @@ class Stepper:
         touched = [weight for weight in self.weights.values() if weight.touched()]
         if not touched:
             return
-        changed = [weight.name for weight in touched if weight.adopt()]
+        changed = [weight.name for weight in touched if weight.adopt(self.rule, self.last_step)]
         self.log.move([weight.dense.device for weight in self.weights.values()])
         if any(DENSE_KEY in entries for entries in self.optimizer.state.values()):
             self.put_state()
         if changed and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{', '.join(changed[:3])}{' and others' * (len(changed) > 3)} changed outside the optimizer's "
-                f"step; the new values are taken into the dense weights. This warning is given once",
+                f"{', '.join(changed[:3])}{' and others' * (len(changed) > 3)} changed outside the "
+                f"optimizer's step; the new values are taken into the dense weights. This is said once",
                 stacklevel=_callers_stacklevel(),
             )
 
@@ -267,12 +276,12 @@ class Stepper:
     # ----------------------------------------------------------------------------------------------- state
 
     def put_state(self) -> None:
-        """Puts the dense weights and masks into the optimizer's state, where others expect what a step needs."""
+        """Puts dense weights and masks into the optimizer's state, where others look for such things."""
         for weight, _ in self._members:
             self.optimizer.state[weight.parameter].update(weight.state)
 
     def take_state(self) -> None:
-        """Takes them out for the time of a step: many optimizers begin their own state when they find it empty."""
+        """Takes them out for the time of a step: many optimizers begin their own state if it is empty."""
         state = self.optimizer.state
         for weight, _ in self._members:
             entries = state.get(weight.parameter)
@@ -311,9 +320,13 @@ def _steps_on_stack(optimizer: torch.optim.Optimizer) -> int:
 def _callers_stacklevel() -> int:
     """The ``stacklevel`` at which the caller's ``warnings.warn`` points at the user's code."""
     level, frame = 1, sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("nmsparse_ext", "torch"):
+    while frame is not None and _package(frame) in ("nmsparse_ext", "torch"):
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
     return level
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _is_zero(lr: Any) -> bool:

@@ -23,10 +23,11 @@ BITS_KEY = "nm_bits"
 class SparseWeight:
     """A sparse parameter and the dense weight behind it.
 
-    Between optimizer steps the parameter's own storage holds ``where(mask, dense, 0)``. During a step the parameter
-    points at the dense weight instead (`enter`), the optimizer updates that, and afterwards the masked copy is written
-    to the parameter's storage again (`leave`). The storage never moves, which is what CUDA graphs, FSDP's all-gather
-    and compiled graphs count on; and while it lies idle during a step, it serves as the scratch copy of the gradient.
+    Between optimizer steps the parameter's own storage holds ``where(mask, dense, 0)``, unless
+    `Rule.soften` has it otherwise. During a step the parameter points at the dense weight instead (`enter`),
+    the optimizer updates that, and afterwards the new sparse weight is written to the parameter's storage
+    (`leave`). The storage never moves, which is what CUDA graphs, FSDP's all-gather and compiled graphs count
+    on; and while it lies idle during a step, it serves as the scratch copy of the gradient.
 
     What rules may read (tensors are this rank's part of a sharded weight):
 
@@ -36,14 +37,15 @@ class SparseWeight:
         dim: Its group dim.
         pattern: The pattern that the next mask is chosen with.
         final_pattern: The pattern of the scheme, where a schedule ends.
-        mask_pattern: The pattern that the current mask was chosen with.
+        mask_pattern: The pattern that the current mask was chosen with; ``None`` before the first.
     """
 
     def __init__(self, resolved: ResolvedWeight, span: int) -> None:
         self.name = resolved.name
         self.parameter = resolved.parameter
         self.dim = resolved.group_dim
-        self.pattern = self.mask_pattern = self.final_pattern = resolved.pattern
+        self.pattern = self.final_pattern = resolved.pattern
+        self.mask_pattern: Pattern | None = None
         self._span = span  # groups must not cross multiples of this
         self._sharded = is_dtensor(self.parameter)
         check_placement(self.name, self.parameter, self.dim)
@@ -54,7 +56,7 @@ class SparseWeight:
         self._lent: Tensor | None = None
         self._rebind()
 
-    # ------------------------------------------------------------------------------------------ what rules may use
+    # ---------------------------------------------------------------------------------- what rules may use
 
     @property
     def dense(self) -> Tensor:
@@ -81,7 +83,7 @@ class SparseWeight:
         out.copy_(self.dense)
         ops.apply_bits_(out, bits, dim=self.dim)
 
-    # ------------------------------------------------------------------------------------------ one optimizer step
+    # ---------------------------------------------------------------------------------- one optimizer step
 
     def check_grad(self) -> None:
         """Refuses a gradient that the exchange cannot serve.
@@ -108,8 +110,8 @@ class SparseWeight:
         """
         if self._span % pattern.m:
             raise ValueError(
-                f"the schedule gives {self.name} the pattern {pattern} at step {step}, but it has {self._span} weights "
-                f"along dim {self.dim} to make groups of, which is no multiple of {pattern.m}"
+                f"the schedule gives {self.name} the pattern {pattern} at step {step}, but it has "
+                f"{self._span} weights along dim {self.dim}, which are no multiple of {pattern.m}"
             )
 
     def enter(self) -> None:
@@ -117,9 +119,9 @@ class SparseWeight:
         self._local.data = self.dense
 
     def lend_grad(self) -> Tensor | None:
-        """Puts a copy of the gradient in its place, for a rule to change, and returns that (``None`` without one).
+        """Puts a copy of the gradient in its place, for a rule to change, and returns it.
 
-        The copy lies in the parameter's idle storage, so it costs no memory.
+        The copy lies in the parameter's idle storage, so it costs no memory. ``None`` without a gradient.
         """
         grad = self.parameter.grad
         if grad is None:
@@ -129,48 +131,46 @@ class SparseWeight:
         return self._sparse
 
     def leave(self, rule: Rule, step: Step) -> None:
-        """Chooses the mask, writes the masked copy to the parameter's own storage and points the parameter there."""
-        if self._lent is not None:
-            self.parameter.grad, self._lent = self._lent, None
+        """Points the parameter at its own storage again, with the next mask and the new sparse weight."""
+        self._take_back_grad()
+        self.choose(rule, step)
+        self._local.data = self._sparse
+        self.mark()
+
+    def cancel(self, rule: Rule, step: Step) -> None:
+        """Ends a step that went wrong: the dense weight stays as it is by now, the mask as it was."""
+        self._take_back_grad()
+        self._local.data = self._sparse
+        self.write_back(rule, step)
+
+    def choose(self, rule: Rule, step: Step) -> None:
+        """Chooses the next mask, and writes the new sparse weight to the parameter's own storage."""
         rule.choose(self, self._sparse, local_of(self._spare), step)
         self._bits, self._spare = self._spare, self._bits
         self.mask_pattern = self.pattern
-        self._local.data = self._sparse
-        self.mark()
-
-    def cancel(self) -> None:
-        """Ends a step that went wrong: the dense weight stays as it is by now, the mask as it was."""
-        if self._lent is not None:
-            self.parameter.grad, self._lent = self._lent, None
-        self._local.data = self._sparse
-        self.write_back()
-
-    def choose_initial(self) -> None:
-        """Chooses the mask anew outside a step."""
-        self.new_mask(self._sparse, self.bits)
-        self.mask_pattern = self.pattern
+        rule.soften(self, self._sparse, step)
         self.mark()
 
     def count_changes(self, out: Tensor) -> None:
-        """Writes to ``out`` (one int64) how many weights the last `leave` moved in or out of the mask."""
+        """Writes to ``out`` (one int64) how many weights the last `choose` moved in or out of the mask."""
         ops.sad_into(local_of(self._spare), self.bits, out)
 
-    # ------------------------------------------------------------------------------------------ writes from outside
+    # --------------------------------------------------------------------------------- writes from outside
 
     def mark(self) -> None:
         """Remembers the parameter as it is now; `touched` compares with that."""
         self._stamp = self._current_stamp()
 
     def touched(self) -> bool:
-        """Whether somebody may have written to the parameter, or moved it, since `mark`. Costs no look at the data."""
+        """Whether somebody may have written to the parameter, or moved it, since `mark`; reads no data."""
         return self._stamp != self._current_stamp()
 
-    def adopt(self) -> bool:
+    def adopt(self, rule: Rule, step: Step) -> bool:
         """Takes what was written to the parameter into the dense weight; returns whether there was anything.
 
-        A group of weights in which any value differs from what the last step left there is taken as it stands, zeros
-        included, and gets a new mask. Groups that were written to with the values they had (DDP's broadcast, an average
-        that is swapped in and out again) keep the dense weights behind them.
+        A group of weights in which any value differs from what the last step left there is taken as it
+        stands, zeros included, and gets a new mask. Groups that were written to with the values they had
+        (DDP's broadcast, an average that is swapped in and out again) keep the dense weights behind them.
 
         Raises:
             ValueError: If the parameter has changed its shape.
@@ -178,12 +178,14 @@ class SparseWeight:
         local = self._local.detach()
         if local.shape != self.dense.shape:
             raise ValueError(
-                f"{self.name} has changed its shape from {list(self.dense.shape)} to {list(local.shape)} under its "
-                f"Sparsifier; finalize() it first, then make a new optimizer and a new Sparsifier"
+                f"{self.name} has changed its shape from {list(self.dense.shape)} to {list(local.shape)} "
+                f"under its Sparsifier; finalize() it first, then make a new optimizer and a new Sparsifier"
             )
         if not _alike(self._dense, self.parameter):
             self._move(local)
-        expected = ops.apply_bits(self.dense, self.bits, dim=self.dim)
+        assert self.mask_pattern is not None  # it has a mask from the start
+        expected = torch.empty_like(self.dense)
+        self._render(expected, rule, step)
         written = (local != expected) & ~(local.isnan() & expected.isnan())
         changed = bool(written.any())
         if changed:
@@ -193,16 +195,15 @@ class SparseWeight:
             self.bits.copy_(ops.pack_bits(torch.where(groups, chosen, self.mask), dim=self.dim))
         self._rebind()
         if changed:
-            self.write_back()
+            self.write_back(rule, step)
         return changed
 
-    def write_back(self) -> None:
-        """Makes the parameter hold the masked dense weight."""
-        self._sparse.copy_(self.dense)
-        ops.apply_bits_(self._sparse, self.bits, dim=self.dim)
+    def write_back(self, rule: Rule, step: Step) -> None:
+        """Makes the parameter hold the sparse weight."""
+        self._render(self._sparse, rule, step)
         self.mark()
 
-    # ------------------------------------------------------------------------------------------ state
+    # ----------------------------------------------------------------------------------------------- state
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -218,26 +219,29 @@ class SparseWeight:
         for what, tensor, own in (("dense weight", dense, self._dense), ("packed mask", bits, self._bits)):
             if tensor.shape != own.shape:
                 raise ValueError(
-                    f"the saved {what} of {self.name} has shape {list(tensor.shape)}, expected {list(own.shape)}"
+                    f"the saved {what} of {self.name} has shape {list(tensor.shape)}, "
+                    f"expected {list(own.shape)}"
                 )
 
     @torch.no_grad()
-    def load_state(self, dense: Tensor, bits: Tensor) -> None:
-        """Takes over saved state, and makes the parameter hold the masked weight."""
+    def load_state(self, dense: Tensor, bits: Tensor, rule: Rule, step: Step) -> None:
+        """Takes over saved state, and makes the parameter hold the sparse weight."""
         self.check_state(dense, bits)
         if not _alike(self._dense, self.parameter):
             self._move(self._local)
         assign(self._dense, dense)
         assign(self._bits, bits)
-        if ops.find_violation(ops.apply_bits(self.dense, self.bits, dim=self.dim), self.pattern, dim=self.dim):
-            # Saved under another pattern: the weights carry over, the mask cannot.
-            self.bits.copy_(ops.mask_bits(self.dense, self.pattern, dim=self.dim))
-        self.mask_pattern = self.pattern
         self._rebind()
-        self.write_back()
+        masked = ops.apply_bits(self.dense, self.bits, dim=self.dim)
+        if ops.find_violation(masked, self.pattern, dim=self.dim) is None:
+            self.mask_pattern = self.pattern
+            self.write_back(rule, step)
+        else:  # saved under another pattern: the weight carries over, the mask cannot
+            self.mask_pattern = None
+            self.choose(rule, step)
 
     def take_state(self, entries: dict[str, Any]) -> None:
-        """Takes our entries out of ``entries``, and over if somebody has replaced them by others (moved them, say)."""
+        """Takes our entries out of ``entries``; and takes them over if somebody has replaced (moved) them."""
         dense, bits = entries.pop(DENSE_KEY, self._dense), entries.pop(BITS_KEY, self._bits)
         if dense is not self._dense and _alike(dense, self.parameter):
             self._dense = dense
@@ -245,11 +249,13 @@ class SparseWeight:
             self._bits = bits.to(torch.uint8)
             self._spare = wrap_bits(torch.empty_like(self.bits), self.parameter, self.dim)
 
-    def masks(self) -> Tensor:
+    @property
+    def whole_mask(self) -> Tensor:
         """`mask` of the whole weight: a DTensor if it is sharded."""
         return wrap_like(self.mask, self.parameter)
 
-    def dense_weight(self) -> Tensor:
+    @property
+    def whole_dense(self) -> Tensor:
         """`dense` of the whole weight: a DTensor if it is sharded."""
         return self._dense
 
@@ -262,11 +268,21 @@ class SparseWeight:
         self.__dict__.update(state)
         self._rebind()
 
-    # ------------------------------------------------------------------------------------------ internals
+    # ------------------------------------------------------------------------------------------- internals
 
     @property
     def _local(self) -> Tensor:
         return self.parameter._local_tensor if self._sharded else self.parameter  # type: ignore[attr-defined]
+
+    def _render(self, out: Tensor, rule: Rule, step: Step) -> None:
+        """Writes the sparse weight to ``out``, which must not be the dense one."""
+        out.copy_(self.dense)
+        ops.apply_bits_(out, self.bits, dim=self.dim)
+        rule.soften(self, out, step)
+
+    def _take_back_grad(self) -> None:
+        if self._lent is not None:
+            self.parameter.grad, self._lent = self._lent, None
 
     def _current_stamp(self) -> tuple[int, int, int]:
         # A DTensor counts writes to itself; those to its local part are counted there.

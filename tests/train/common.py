@@ -34,7 +34,9 @@ class Tied(nn.Module):
 
 def batch(step: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """The inputs of one step, [32, 16]; the same for everybody who asks for that step."""
-    return torch.randn(32, 16, generator=torch.Generator().manual_seed(1000 + step), dtype=torch.float64).to(dtype)
+    return torch.randn(32, 16, generator=torch.Generator().manual_seed(1000 + step), dtype=torch.float64).to(
+        dtype
+    )
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -42,7 +44,11 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0, dtype: torch.dtype = torch.float64
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    start: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> list[float]:
     """The plainest loop there is; returns the losses."""
     losses = []

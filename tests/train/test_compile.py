@@ -28,7 +28,9 @@ def test_model_and_loss_compile_once(before: bool) -> None:
     if before:
         compiled(batch(0)).backward()
     optimizer, plain = sgd(model), sgd(twin)
-    sparsifier, other = (Sparsifier(m, o, "2:4", lambda_w=0.05) for m, o in ((model, optimizer), (twin, plain)))
+    sparsifier, other = (
+        Sparsifier(m, o, "2:4", lambda_w=0.05) for m, o in ((model, optimizer), (twin, plain))
+    )
     for step in range(5):
         optimizer.zero_grad()
         loss = compiled(batch(step))

@@ -209,7 +209,9 @@ class TestWritesFromOutside:
         model, optimizer, _ = self.make()
         state = {name: torch.randn_like(p) for name, p in model.named_parameters()}
         model.load_state_dict(state)
-        with pytest.warns(UserWarning, match=r"0.weight, 2.weight changed outside the optimizer's step") as caught:
+        with pytest.warns(
+            UserWarning, match=r"0.weight, 2.weight changed outside the optimizer's step"
+        ) as caught:
             train(model, optimizer, 1)
         assert len(caught) == 1
         assert caught[0].filename.endswith("common.py")  # where optimizer.step() is called
@@ -399,9 +401,70 @@ def test_finalize_leaves_a_plain_model_and_optimizer() -> None:
     train(model, optimizer, 1)
     assert nms.find_violation(model[0].weight.detach(), "2:4") is not None
     assert sparsifier.finalize() is model  # once more is once too many, but does no harm
-    assert sparsifier.history == history
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = model[0].weight.detach().clone()
+        assert sparsifier.history == history
+        assert sparsifier.sad() == {name: history[name][-1] for name in history.counts}
+        assert sparsifier.masks["0"].sum() == 64
+        assert torch.equal(model[0].weight, before)
     Sparsifier(model, optimizer, "1:4")
     assert_satisfies(model, {"0.weight": "1:4"})
+
+
+def test_a_write_before_a_skipped_step_is_not_lost() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, fused=True)
+    sparsifier = Sparsifier(model, optimizer, "2:4")
+    scaler = torch.amp.GradScaler("cpu")
+    new = torch.randn_like(model[0].weight)
+    with torch.no_grad():
+        model[0].weight.copy_(new)
+    scaler.scale(loss_of(model, batch(0) * float("inf"))).backward()
+    with pytest.warns(UserWarning, match="changed outside"):
+        scaler.step(optimizer)
+    assert sparsifier.step == 0
+    assert torch.equal(sparsifier.dense_weight("0"), new)
+
+
+def test_an_optimizer_that_comes_wrapped() -> None:
+    """As accelerate wraps it: an optimizer by type, but without hooks of its own."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    model = mlp()
+    optimizer = sgd(model)
+    sparsifier = Sparsifier(model, Wrapper(optimizer), "2:4")
+    assert sparsifier.optimizer is optimizer
+    train(model, optimizer, 1)
+    assert sparsifier.step == 1
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_and_recurrent_weights(batch_first: bool) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=batch_first)
+            self.lstm = nn.LSTM(16, 8, bidirectional=True, batch_first=batch_first)
+            self.up = nn.ConvTranspose1d(16, 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.lstm(self.attention(x, x, x)[0])[0].movedim(-1, 1)).sum()
+
+    model = Both()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    sparsifier = Sparsifier(model, optimizer, "2:4")
+    assert {"attention.in_proj_weight", "lstm.weight_hh_l0_reverse", "up.weight"} <= set(sparsifier.masks)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(3, 5, 16)).backward()
+        optimizer.step()
+        for name in sparsifier.masks:
+            dim = 0 if name == "up.weight" else 1
+            assert nms.find_violation(model.get_parameter(name).detach(), "2:4", dim=dim) is None
 
 
 def test_needs_no_reference_to_itself() -> None:

@@ -107,7 +107,16 @@ def checkpointed(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 @pytest.mark.parametrize(
     "step",
-    [plain, accumulated, scaled, scaled_and_accumulated, clipped, scaled_and_clipped, with_closure, checkpointed],
+    [
+        plain,
+        accumulated,
+        scaled,
+        scaled_and_accumulated,
+        clipped,
+        scaled_and_clipped,
+        with_closure,
+        checkpointed,
+    ],
 )
 @pytest.mark.parametrize("optimizer_of", [sgd, fused_sgd])
 def test_same_lambda(step: Callable, optimizer_of: Callable) -> None:
@@ -122,13 +131,19 @@ def test_same_lambda_for_a_tied_weight(step: Callable, optimizer_of: Callable) -
 
 def test_same_lambda_in_parameter_groups() -> None:
     def grouped(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD([{"params": model[2].parameters(), "lr": 9.0}, {"params": model[0].parameters()}], lr=LR)
+        return torch.optim.SGD(
+            [{"params": model[2].parameters(), "lr": 9.0}, {"params": model[0].parameters()}], lr=LR
+        )
 
     check(effective_lambda(mlp, grouped, plain))
 
 
 def test_same_lambda_for_capturable_and_tensor_lr() -> None:
-    check(effective_lambda(mlp, lambda m: torch.optim.SGD(m.parameters(), lr=torch.tensor(LR), foreach=False), plain))
+    check(
+        effective_lambda(
+            mlp, lambda m: torch.optim.SGD(m.parameters(), lr=torch.tensor(LR), foreach=False), plain
+        )
+    )
 
 
 def test_float32_within_the_rounding_of_the_term() -> None:

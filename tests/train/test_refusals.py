@@ -51,13 +51,13 @@ def test_parametrized_weights(parametrize, how: str, scheme) -> None:
 
 @pytest.mark.parametrize("optimizer", [None, nn.Linear(2, 2), "sgd"])
 def test_no_optimizer(optimizer) -> None:
-    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got"):
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got"):
         Sparsifier(mlp(), optimizer, "2:4")
 
 
 def test_no_model() -> None:
     model = mlp()
-    with pytest.raises(TypeError, match="model must be an nn.Module, got generator"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got generator"):
         Sparsifier(model.parameters(), sgd(model), "2:4")
 
 
@@ -103,7 +103,9 @@ def test_parameters_that_were_replaced() -> None:
     optimizer = sgd(model)
     Sparsifier(model, optimizer, "2:4")
     model[0].weight = nn.Parameter(torch.randn(8, 16, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match=r"0.weight is another parameter than when the Sparsifier was made"):
+    with pytest.raises(
+        RuntimeError, match=r"0.weight is another parameter than when the Sparsifier was made"
+    ):
         train(model, optimizer, 1)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -80,7 +83,8 @@ def test_lambda_matters() -> None:
     ],
 )
 def test_any_optimizer(make) -> None:
-    """With λ the dense weight is updated as the optimizer would update an ordinary one with the term in its gradient."""
+    """With λ the dense weight is updated as the optimizer would update an ordinary one with the term in its
+    gradient."""
     model, twin = mlp(), mlp()
     optimizer, plain = make(model.parameters()), make(twin.parameters())
     sparsifier = Sparsifier(model, optimizer, "2:4", lambda_w=LAMBDA)
@@ -104,7 +108,12 @@ def test_any_optimizer(make) -> None:
 def test_weights_satisfy_the_scheme_from_the_start_and_after_every_step() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(16, 32), nn.Linear(32, 4)
+        nn.Conv2d(8, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 1),
+        nn.Flatten(),
+        nn.Linear(16, 32),
+        nn.Linear(32, 4),
     ).to(memory_format=torch.channels_last)
     scheme = nms.Scheme({"0": "1:8", "2": "2:4", "4": "2:8", "5": "7:16"})
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -240,22 +249,40 @@ class TestOwnRule:
             def __init__(self, steps: int) -> None:
                 self.steps = steps
 
-            def choose(self, weight, out, bits, step):
-                weight.new_mask(out, bits)
-                fade = max(0.0, 1 - step.number / self.steps)
-                if fade:
-                    ops.add_pruned_(out, weight.dense, bits, dim=weight.dim, alpha=fade)
+            def soften(self, weight, out, step):
+                left = max(0.0, 1 - step.number / self.steps)
+                ops.add_pruned_(out, weight.dense, weight.bits, dim=weight.dim, alpha=left)
 
         model = mlp()
         optimizer = sgd(model)
         sparsifier = Sparsifier(model, optimizer, "2:4", method=DecayingMask(4))
-        for step in range(4):
-            train(model, optimizer, 1, start=step)
+        for step in range(5):
             p, dense = model[0].weight.detach(), sparsifier.dense_weight("0")
             pruned = ~sparsifier.masks["0"]
-            torch.testing.assert_close(p[pruned], dense[pruned] * (1 - (step + 1) / 4), rtol=1e-12, atol=0)
-            torch.testing.assert_close(p[~pruned], dense[~pruned], rtol=0, atol=0)
+            torch.testing.assert_close(p[pruned], dense[pruned] * (1 - step / 4), rtol=1e-12, atol=0)
+            assert torch.equal(p[~pruned], dense[~pruned])
+            if step < 4:
+                train(model, optimizer, 1, start=step)
         assert_satisfies(model, sparsifier.scheme)
+
+        # It survives a checkpoint in the middle, and writes of the same values.
+        model = mlp()
+        optimizer = sgd(model)
+        Sparsifier(model, optimizer, "2:4", method=DecayingMask(8))
+        train(model, optimizer, 3)
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        losses = train(model, optimizer, 3, start=3)
+        other = mlp(seed=7)
+        resumed = sgd(other)
+        sparsifier = Sparsifier(other, resumed, "2:4", method=DecayingMask(8))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            resumed.load_state_dict(saved[1])
+            other.load_state_dict(saved[0])
+            assert train(other, resumed, 3, start=3) == losses
+        assert nms.find_violation(other[0].weight.detach(), "2:4") is not None
+        sparsifier.finalize()
+        assert_satisfies(other, sparsifier.scheme)
 
     def test_sees_step_and_group(self) -> None:
         seen = []
@@ -265,7 +292,9 @@ class TestOwnRule:
                 seen.append((weight.name, step.number, step.group["lr"], tuple(grad.shape)))
 
         model = mlp()
-        optimizer = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters()}], 0.2)
+        optimizer = torch.optim.SGD(
+            [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters()}], 0.2
+        )
         Sparsifier(model, optimizer, "2:4", method=Spy())
         train(model, optimizer, 2)
         assert seen == [

@@ -32,7 +32,10 @@ def test_masks_follow(method: str, as_function: bool) -> None:
     model = mlp()
     optimizer = adam(model)
     sparsifier = Sparsifier(
-        model, optimizer, {"0": "1:4", "2": "2:4"}, method=method,
+        model,
+        optimizer,
+        {"0": "1:4", "2": "2:4"},
+        method=method,
         schedule=schedule.pattern if as_function else schedule,
     )
     for step in range(6):
@@ -70,9 +73,13 @@ def test_finalize_applies_the_scheme() -> None:
 def test_a_pattern_that_does_not_fit_is_refused_when_it_comes() -> None:
     model = mlp()
     optimizer = adam(model)
-    sparsifier = Sparsifier(model, optimizer, "2:4", schedule=lambda step, name, final: "3:5" if step == 2 else final)
+    sparsifier = Sparsifier(
+        model, optimizer, "2:4", schedule=lambda step, name, final: "3:5" if step == 2 else final
+    )
     train(model, optimizer, 1)
-    with pytest.raises(ValueError, match=r"the schedule gives 0.weight the pattern 3:5 at step 2.*no multiple of 5"):
+    with pytest.raises(
+        ValueError, match=r"the schedule gives 0.weight the pattern 3:5 at step 2.*no multiple of 5"
+    ):
         train(model, optimizer, 1)
     assert sparsifier.step == 1
     assert_satisfies(model, sparsifier.scheme)
