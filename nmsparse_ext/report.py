@@ -304,9 +304,13 @@ def overview(result: Result) -> Figure:
 def save_picture(result: Result, path: str | Path) -> Path:
     """Write :func:`overview` as a PNG on white."""
     import matplotlib
+    from PIL import Image  # matplotlib writes its PNGs with it
 
+    drawn = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        overview(result).savefig(path, dpi=110, facecolor="white")
+        overview(result).savefig(drawn, format="png", dpi=110, facecolor="white")
+    # A palette holds these few colours and their shades, and takes a third of the bytes.
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     return Path(path)
 
 
