@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import FormatError
 from .ops import find_violation, nm_mask, nm_prune, nm_prune_, sad, transposable_mask
 from .pattern import Pattern
+from .tensor import NMTensor, compress, linear  # not lazy: torch.load must know NMTensor from the start
 
 if TYPE_CHECKING:
     from ._build import build_info
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from .deploy.convert import convert
     from .deploy.summary import summary
     from .scheme import Scheme
-    from .tensor import NMTensor, compress, linear
     from .train import Sparsifier
 
 __version__ = "0.1.0"
@@ -51,13 +51,10 @@ __all__ = [
 
 # name -> the module that brings it, imported at first use: pruning does not wait for training and files.
 _LAZY = {
-    "NMTensor": "tensor",
     "Scheme": "scheme",
     "Sparsifier": "train",
     "build_info": "_build",
-    "compress": "tensor",
     "convert": "deploy",
-    "linear": "tensor",
     "load_file": "deploy",
     "load_into": "deploy",
     "save_file": "deploy",

@@ -6,7 +6,10 @@ import copy
 import io
 import itertools
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -534,6 +537,14 @@ def test_engine_forms_are_not_saved() -> None:
         torch.save(packed(sparse(64, 64), engine=engine), file)
         sizes.append(len(file.getvalue()))
     assert abs(sizes[0] - sizes[1]) < 200
+
+
+def test_another_process_loads_with_the_package_imported(tmp_path: Path) -> None:
+    torch.save({"w": packed(sparse(4, 8))}, tmp_path / "w.pt")
+    code = "import sys, torch, nmsparse_ext; print(torch.load(sys.argv[1], weights_only=True)['w'].pattern)"
+    command = [sys.executable, "-c", code, str(tmp_path / "w.pt")]
+    root = Path(__file__).parents[1]
+    assert subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout == "2:4\n"
 
 
 def test_a_damaged_pickle_is_refused() -> None:
