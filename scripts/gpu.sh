@@ -24,6 +24,8 @@ export CUDA_HOME=${CUDA_HOME:-$(scripts/find_cuda.sh)}
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 export NMSPARSE_CUDA=1
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+PATH="$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH"  # its ninja, for parallel compiles
+export PATH
 # One architecture, this machine's, is the quickest build.
 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
 export TORCH_CUDA_ARCH_LIST

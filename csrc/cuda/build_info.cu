@@ -2,9 +2,7 @@
 
 namespace nms {
 
-std::string cuda_version() {
-  return std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__);
-}
+std::string cuda_version() { return std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__); }
 
 std::vector<int> cuda_archs() {
   std::vector<int> archs;

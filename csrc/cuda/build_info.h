@@ -6,7 +6,7 @@
 
 namespace nms {
 
-std::string cuda_version();      // "13.0"
-std::vector<int> cuda_archs();   // architectures with machine code in this binary: {80, 90}
+std::string cuda_version();     // "13.0"
+std::vector<int> cuda_archs();  // architectures with machine code in this binary: {80, 90}
 
 }  // namespace nms

@@ -93,7 +93,8 @@ void test_bit_stream() {
 void test_hardware_nibbles() {
   const nms::PackedFormat format = nms::packed_format(2, 4);
   CHECK_EQ(format.group_bits, 4);
-  const std::array<std::array<int, 2>, 6> table = {{{0x3, 0x4}, {0x5, 0x8}, {0x9, 0xC}, {0x6, 0x9}, {0xA, 0xD}, {0xC, 0xE}}};
+  const std::array<std::array<int, 2>, 6> table = {
+      {{0x3, 0x4}, {0x5, 0x8}, {0x9, 0xC}, {0x6, 0x9}, {0xA, 0xD}, {0xC, 0xE}}};
   for (const auto& [mask, nibble] : table) CHECK_EQ(static_cast<int>(nms::encode_group(mask, format)), nibble);
 }
 
@@ -164,10 +165,17 @@ void test_transposable() {
     std::array<double, 16> scores;
     for (double& score : scores) {
       switch (trial % 4) {
-        case 0: score = nms::tile_score(normal(rng)); break;
-        case 1: score = nms::tile_score(random_int(0, 2)); break;  // ties
-        case 2: score = nms::tile_score(std::ldexp(normal(rng), random_int(-60, 60))); break;  // rounding
-        default: score = nms::tile_score(random_int(0, 5) == 0 ? std::nan("") : random_int(0, 5) == 0 ? -HUGE_VAL : 1e300);
+        case 0:
+          score = nms::tile_score(normal(rng));
+          break;
+        case 1:
+          score = nms::tile_score(random_int(0, 2));
+          break;  // ties
+        case 2:
+          score = nms::tile_score(std::ldexp(normal(rng), random_int(-60, 60)));
+          break;  // rounding
+        default:
+          score = nms::tile_score(random_int(0, 5) == 0 ? std::nan("") : random_int(0, 5) == 0 ? -HUGE_VAL : 1e300);
       }
     }
     double best = 0;
