@@ -39,7 +39,7 @@ def check_ranks_equal(weights: Sequence[SparseWeight], settings: str, group: Any
                     f"ranks 0 and {rank} do not train the same sparse model: {name} differs ({first} and "
                     f"{other}). Make the Sparsifier when the replicas are equal: after "
                     f"DistributedDataParallel, or with the same seed and checkpoint on every rank. If the "
-                    f"ranks are meant to train different models, give it the process_group of the replicas, or "
+                    f"ranks are meant to train different models, give it their process_group, or "
                     f"process_group=False"
                 )
 

@@ -196,8 +196,7 @@ class Stepper:
         counters = dict(zip(self.weights, self.log.counters(), strict=True))
         for weight, group in self._members:
             step.group = self.optimizer.param_groups[group]
-            weight.leave(self.rule, step)
-            weight.count_changes(counters[weight.name])
+            weight.leave(self.rule, step, counters[weight.name])
         self._step = None
         on_device = step.found_inf is not None and step.found_inf.device.type != "cpu"
         self.log.commit(step.found_inf if on_device else None)

@@ -52,7 +52,7 @@ class SparseWeight:
 
         self._dense = self.parameter.detach().clone()
         self._bits = wrap_bits(_new_bits(self.dense, self.dim), self.parameter, self.dim)
-        self._spare = wrap_bits(_new_bits(self.dense, self.dim), self.parameter, self.dim)
+        self._next_bits = torch.empty_like(self.bits)
         self._lent: Tensor | None = None
         self._rebind()
 
@@ -130,10 +130,10 @@ class SparseWeight:
         self._lent, self.parameter.grad = grad, self._scratch
         return self._sparse
 
-    def leave(self, rule: Rule, step: Step) -> None:
+    def leave(self, rule: Rule, step: Step, changes: Tensor) -> None:
         """Points the parameter at its own storage again, with the next mask and the new sparse weight."""
         self._take_back_grad()
-        self.choose(rule, step)
+        self.choose(rule, step, changes)
         self._local.data = self._sparse
         self.mark()
 
@@ -143,17 +143,19 @@ class SparseWeight:
         self._local.data = self._sparse
         self.write_back(rule, step)
 
-    def choose(self, rule: Rule, step: Step) -> None:
-        """Chooses the next mask, and writes the new sparse weight to the parameter's own storage."""
-        rule.choose(self, self._sparse, local_of(self._spare), step)
-        self._bits, self._spare = self._spare, self._bits
+    def choose(self, rule: Rule, step: Step, changes: Tensor | None = None) -> None:
+        """Chooses the next mask, and writes the new sparse weight to the parameter's own storage.
+
+        ``changes`` (one int64) receives the number of weights that are kept in one of old and new mask only.
+        """
+        rule.choose(self, self._sparse, self._next_bits, step)
+        if changes is not None:
+            ops.sad_into(self.bits, self._next_bits, changes)
+        # A copy, not an exchange of pointers: a CUDA graph would go on to read the old mask for ever.
+        self.bits.copy_(self._next_bits)
         self.mask_pattern = self.pattern
         rule.soften(self, self._sparse, step)
         self.mark()
-
-    def count_changes(self, out: Tensor) -> None:
-        """Writes to ``out`` (one int64) how many weights the last `choose` moved in or out of the mask."""
-        ops.sad_into(local_of(self._spare), self.bits, out)
 
     # --------------------------------------------------------------------------------- writes from outside
 
@@ -247,7 +249,7 @@ class SparseWeight:
             self._dense = dense
         if bits is not self._bits and bits.device == self.parameter.device:
             self._bits = bits.to(torch.uint8)
-            self._spare = wrap_bits(torch.empty_like(self.bits), self.parameter, self.dim)
+            self._next_bits = torch.empty_like(self.bits)
 
     @property
     def whole_mask(self) -> Tensor:
@@ -300,7 +302,7 @@ class SparseWeight:
         """Follows the parameter to another device or dtype."""
         self._dense = wrap_like(self.dense.to(like.device, like.dtype), self.parameter)
         self._bits = wrap_bits(self.bits.to(like.device), self.parameter, self.dim)
-        self._spare = wrap_bits(torch.empty_like(self.bits), self.parameter, self.dim)
+        self._next_bits = torch.empty_like(self.bits)
 
 
 def _new_bits(weight: Tensor, dim: int) -> Tensor:
