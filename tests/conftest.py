@@ -17,7 +17,7 @@ else:
     hypothesis.settings.register_profile(
         "nmsparse",
         deadline=None,
-        max_examples=100,
+        max_examples=40,
         derandomize=True,
         # The engine fixture is set up once a test, not once an example, and is meant to be.
         suppress_health_check=[

@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError:
     hypothesis = None
 
-EXAMPLES = 100  # without hypothesis; conftest.py sets as many with it
+EXAMPLES = 40  # without hypothesis; conftest.py sets as many with it
 USUAL_PATTERNS = ((2, 4), (1, 4), (1, 2), (4, 8), (2, 8), (1, 16), (4, 16), (8, 16), (8, 32), (16, 64))
 
 
