@@ -47,8 +47,8 @@ class Sparsifier:
     As the term is added to what the optimizer is about to use, ``lambda_w`` means the same under gradient
     accumulation, loss scaling, clipping, weight tying, DistributedDataParallel and ``fully_shard``.
 
-    After the first step the hooks allocate no tensors and never wait for a GPU, so that a step can be captured
-    in a CUDA graph. Replays train as they should, but move neither `step` nor `history`.
+    After the first step the hooks allocate no tensors and never wait for a GPU: a step can be captured in a
+    CUDA graph. Replays train as they should, but move neither `step` nor `history`.
 
     Args:
         model: The model, wrapped (DDP, ``torch.compile``, ``fully_shard``) or not.
