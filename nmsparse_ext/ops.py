@@ -28,8 +28,9 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from . import _arguments as arguments
 from . import _ops  # noqa: F401  (registers torch.ops.nmsparse)
-from ._checks import GRAD_DTYPES, MAX_DIMS, WEIGHT_DTYPES, bits_shape, ceil_div
+from ._checks import GRAD_DTYPES, WEIGHT_DTYPES, bits_shape, ceil_div
 from .pattern import Pattern
 
 __all__ = [
@@ -57,157 +58,6 @@ Remainder = Literal["error", "pad"]
 Grouping = Literal["channel", "flat"]
 
 _nms = torch.ops.nmsparse
-
-
-# -------------------------------------------------------------------------------------------- argument checks
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-
-
-def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in allowed:
-        raise TypeError(f"{name} must be one of {', '.join(map(str, allowed))}, got {tensor.dtype}")
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _check_same_device(name: str, tensor: Tensor, w_name: str, w: Tensor) -> None:
-    if tensor.device != w.device:
-        raise ValueError(f"{name} must be on the device of {w_name}, {w.device}, got {tensor.device}")
-
-
-def _check_same_shape(name: str, tensor: Tensor, w_name: str, w: Tensor) -> None:
-    if tensor.shape != w.shape:
-        raise ValueError(f"{name} must have the shape of {w_name}, {list(w.shape)}, got {list(tensor.shape)}")
-
-
-def _check_writable(name: str, tensor: Tensor) -> None:
-    # An empty channels_last tensor has strides of 0 too.
-    if tensor.numel() > 0 and any(
-        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ):
-        raise ValueError(
-            f"{name} is written to, but several of its elements share one memory location "
-            f"(shape {list(tensor.shape)}, strides {list(tensor.stride())}); pass a clone"
-        )
-
-
-def _check_bits(name: str, bits: Tensor, shape: torch.Size, dim: int) -> None:
-    _check_tensor(name, bits)
-    _check_dtype(name, bits, (torch.uint8,))
-    expected = bits_shape(shape, dim)
-    if list(bits.shape) != expected:
-        raise ValueError(
-            f"{name} must have shape {expected} for a weight of shape {list(shape)} and dim {dim}, "
-            f"got {list(bits.shape)}"
-        )
-    if not bits.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {list(bits.stride())}")
-
-
-def _check_dims(name: str, tensor: Tensor) -> None:
-    if not 1 <= tensor.dim() <= MAX_DIMS:
-        raise ValueError(f"{name} must have 1 to {MAX_DIMS} dimensions, got {tensor.dim()}")
-
-
-def _normalize_dim(name: str, ndim: int, dim: int) -> int:
-    """``dim`` as an index from the front; for one dimension the default 1 means 0."""
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an int, got {dim!r} of type {type(dim).__name__}")
-    if ndim == 1 and dim == 1:
-        return 0
-    if not -ndim <= dim < ndim:
-        raise ValueError(f"dim must be in [{-ndim}, {ndim - 1}] for {name} with {ndim} dimensions, got {dim}")
-    return dim % ndim
-
-
-def _check_k(k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"k must be an int >= 0, got {k!r}")
-    if k < 0:
-        raise ValueError(f"k must be an int >= 0, got {k}")
-
-
-def _check_weight(w: Tensor, dim: int) -> int:
-    """Checks a dense weight; returns the normalised dim."""
-    _check_tensor("w", w)
-    if w.layout != torch.strided:
-        raise TypeError(f"w must be a dense (torch.strided) tensor, got {w.layout}")
-    _check_dtype("w", w, WEIGHT_DTYPES)
-    _check_dims("w", w)
-    return _normalize_dim("w", w.dim(), dim)
-
-
-def _check_remainder(k: int, m: int, remainder: str, what: str) -> bool:
-    """Whether to pad. Refuses a remainder that was not asked for."""
-    _check_choice("remainder", remainder, ("error", "pad"))
-    pad = remainder == "pad"
-    if not pad and k % m != 0:
-        raise ValueError(
-            f"w has {k} weights {what}, no multiple of m = {m}; pass remainder='pad' to allow it"
-        )
-    return pad
-
-
-def _arguments(
-    w: Tensor, pattern: Pattern | str, dim: int, remainder: str, grouping: str = "channel"
-) -> tuple[int, int, int, bool]:
-    """Checks what every grouping function takes; returns the op's ``n, m, dim, pad``."""
-    dim = _check_weight(w, dim)
-    p = Pattern.parse(pattern)
-    _check_choice("grouping", grouping, ("channel", "flat"))
-    if grouping == "flat":
-        return p.n, p.m, 0, _check_remainder(w.numel(), p.m, remainder, "when flattened")
-    return p.n, p.m, dim, _check_remainder(w.shape[dim], p.m, remainder, f"along dim {dim}")
-
-
-def _check_out(w: Tensor, out: Tensor) -> None:
-    _check_tensor("out", out)
-    _check_dtype("out", out, (w.dtype,))
-    _check_same_shape("out", out, "w", w)
-    _check_same_device("out", out, "w", w)
-    _check_writable("out", out)
-    if torch.is_grad_enabled() and (w.requires_grad or out.requires_grad):
-        raise ValueError(
-            "out cannot be given where gradients are recorded; leave it away or use torch.no_grad()"
-        )
-    # A traced graph has no addresses to compare; there, memory planning keeps different tensors apart.
-    if not torch.compiler.is_compiling() and out is not w and _overlaps_partly(w, out):
-        raise ValueError(
-            "out overlaps w (or interleaves with it) in memory; pass w itself or separate memory"
-        )
-
-
-def _overlaps_partly(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype and shape share memory other than element for element.
-
-    Compares address ranges, so tensors that interleave without a common element count as well.
-    """
-    if a.numel() == 0 or a.untyped_storage()._cdata != b.untyped_storage()._cdata:
-        return False
-    if a.storage_offset() == b.storage_offset() and a.stride() == b.stride():
-        return False
-
-    def span(t: Tensor) -> tuple[int, int]:
-        first = int(t.storage_offset())
-        return first, first + sum(
-            (size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)
-        )
-
-    (a_first, a_last), (b_first, b_last) = span(a), span(b)
-    return a_first <= b_last and b_first <= a_last
-
-
-def _check_in_place(name: str, tensor: Tensor) -> None:
-    _check_writable(name, tensor)
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        raise ValueError(f"{name} requires grad and cannot be pruned in place; use torch.no_grad()")
 
 
 def _like(flat: Tensor, w: Tensor) -> Tensor:
@@ -255,7 +105,7 @@ def nm_mask(
         >>> nm_mask(torch.tensor([[3.0, -1.0, 2.0, 5.0]]), "2:4")
         tensor([[ True, False, False,  True]])
     """
-    n, m, dim, pad = _arguments(w, pattern, dim, remainder, grouping)
+    n, m, dim, pad = arguments.check_grouping(w, pattern, dim, remainder, grouping)
     if grouping == "flat":
         packed = _nms.mask_bits(w.reshape(-1), n, m, 0, pad)
         return packed if bits else _nms.unpack_bits(packed, w.numel(), 0).view(w.shape)
@@ -323,9 +173,9 @@ def nm_prune(
         ValueError: For an argument that is not allowed, an ``out`` that overlaps ``w`` partly, or an ``out``
             where gradients are recorded.
     """
-    n, m, dim, pad = _arguments(w, pattern, dim, remainder, grouping)
+    n, m, dim, pad = arguments.check_grouping(w, pattern, dim, remainder, grouping)
     if out is not None:
-        _check_out(w, out)
+        arguments.check_out(w, out)
     if grouping == "flat":
         flat, bits = _nms.prune(w.reshape(-1), n, m, 0, pad)
         pruned = _like(flat, w) if out is None else out.copy_(flat.view(w.shape))
@@ -390,8 +240,8 @@ def nm_prune_(
         TypeError: For a wrong type or dtype.
         ValueError: For an argument that is not allowed, an expanded ``w``, or one that requires grad.
     """
-    n, m, dim, pad = _arguments(w, pattern, dim, remainder, grouping)
-    _check_in_place("w", w)
+    n, m, dim, pad = arguments.check_grouping(w, pattern, dim, remainder, grouping)
+    arguments.check_in_place("w", w)
     if grouping == "flat" and not w.is_contiguous():
         flat, bits = _nms.prune(w.reshape(-1), n, m, 0, pad)
         w.copy_(flat.view(w.shape))
@@ -419,26 +269,13 @@ def transposable_mask(w: Tensor, *, bits: bool = False) -> Tensor:
         TypeError: For a wrong type or dtype.
         ValueError: If ``w`` is not 2-D or a size is no multiple of 4.
     """
-    _check_weight(w, -1)
+    arguments.check_weight(w, -1)
     if w.dim() != 2 or w.shape[0] % 4 != 0 or w.shape[1] % 4 != 0:
         raise ValueError(
             f"w must be 2-dimensional with sizes that are multiples of 4, got shape {list(w.shape)}"
         )
     packed = _nms.transposable_bits(w)
     return packed if bits else _nms.unpack_bits(packed, w.shape[1], 1)
-
-
-def _check_masks(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
-    for name, mask in ((a_name, a), (b_name, b)):
-        _check_tensor(name, mask)
-        _check_dtype(name, mask, (torch.bool, torch.uint8))
-    if a.dtype != b.dtype:
-        raise TypeError(
-            f"{a_name} and {b_name} must both be bool masks or both be packed bits, "
-            f"got {a.dtype} and {b.dtype}"
-        )
-    _check_same_shape(b_name, b, a_name, a)
-    _check_same_device(b_name, b, a_name, a)
 
 
 def sad(mask_a: Tensor, mask_b: Tensor) -> int:
@@ -457,7 +294,7 @@ def sad(mask_a: Tensor, mask_b: Tensor) -> int:
         TypeError: If a mask is neither bool nor uint8, or one is packed and the other is not.
         ValueError: If shapes or devices differ.
     """
-    _check_masks("mask_a", mask_a, "mask_b", mask_b)
+    arguments.check_masks("mask_a", mask_a, "mask_b", mask_b)
     return int(_nms.sad(mask_a.contiguous(), mask_b.contiguous()).item())
 
 
@@ -499,7 +336,7 @@ def find_violation(
         TypeError: For a wrong type or dtype.
         ValueError: For an argument that is not allowed.
     """
-    n, m, dim, pad = _arguments(w, pattern, dim, remainder, grouping)
+    n, m, dim, pad = arguments.check_grouping(w, pattern, dim, remainder, grouping)
     if grouping == "flat":
         group, kept = _nms.find_violation(w.reshape(-1), n, m, 0, pad).tolist()
         return None if group < 0 else Violation(_coordinates(group * m, w.shape), kept)
@@ -526,7 +363,7 @@ def _coordinates(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def mask_bits(w: Tensor, pattern: Pattern | str, *, dim: int = 1, remainder: Remainder = "error") -> Tensor:
     """The packed mask of ``w``: uint8 ``[other dims..., ceil(K / 8)]``."""
-    n, m, dim, pad = _arguments(w, pattern, dim, remainder)
+    n, m, dim, pad = arguments.check_grouping(w, pattern, dim, remainder)
     return _nms.mask_bits(w, n, m, dim, pad)
 
 
@@ -540,33 +377,33 @@ def prune_into(
     remainder: Remainder = "error",
 ) -> None:
     """Writes the pruned ``w`` to ``out`` (``w`` itself or separate memory) and its mask to ``bits``."""
-    n, m, dim, pad = _arguments(w, pattern, dim, remainder)
+    n, m, dim, pad = arguments.check_grouping(w, pattern, dim, remainder)
     if bits is not None:
-        _check_bits("bits", bits, w.shape, dim)
-        _check_same_device("bits", bits, "w", w)
+        arguments.check_bits("bits", bits, w.shape, dim)
+        arguments.check_same_device("bits", bits, "w", w)
     if out is w:
-        _check_in_place("out", out)
+        arguments.check_in_place("out", out)
         _nms.prune_(w, n, m, dim, pad, bits)
     else:
-        _check_out(w, out)
+        arguments.check_out(w, out)
         _nms.prune_out(w, n, m, dim, pad, out, bits)
 
 
 def pack_bits(mask: Tensor, *, dim: int = 1) -> Tensor:
     """A bool mask as packed bits: uint8 ``[other dims..., ceil(K / 8)]``."""
-    _check_tensor("mask", mask)
-    _check_dtype("mask", mask, (torch.bool,))
-    _check_dims("mask", mask)
-    return _nms.pack_bits(mask, _normalize_dim("mask", mask.dim(), dim))
+    arguments.check_tensor("mask", mask)
+    arguments.check_dtype("mask", mask, (torch.bool,))
+    arguments.check_dims("mask", mask)
+    return _nms.pack_bits(mask, arguments.normalize_dim("mask", mask.dim(), dim))
 
 
 def unpack_bits(bits: Tensor, k: int, *, dim: int = 1) -> Tensor:
     """Packed bits as a contiguous bool mask whose group dim, of size ``k``, stands at ``dim``."""
-    _check_tensor("bits", bits)
-    _check_dtype("bits", bits, (torch.uint8,))
-    _check_dims("bits", bits)
-    dim = _normalize_dim("bits", bits.dim(), dim)
-    _check_k(k)
+    arguments.check_tensor("bits", bits)
+    arguments.check_dtype("bits", bits, (torch.uint8,))
+    arguments.check_dims("bits", bits)
+    dim = arguments.normalize_dim("bits", bits.dim(), dim)
+    arguments.check_k(k)
     if bits.shape[-1] != ceil_div(k, 8):
         raise ValueError(f"k must fit the {bits.shape[-1]} bytes a row of bits, got {k}")
     return _nms.unpack_bits(bits.contiguous(), k, dim)
@@ -574,18 +411,18 @@ def unpack_bits(bits: Tensor, k: int, *, dim: int = 1) -> Tensor:
 
 def apply_bits(w: Tensor, bits: Tensor, *, dim: int = 1) -> Tensor:
     """``torch.where(mask, w, 0)`` for a packed mask, in ``w``'s layout; differentiable in ``w``."""
-    dim = _check_weight(w, dim)
-    _check_bits("bits", bits, w.shape, dim)
-    _check_same_device("bits", bits, "w", w)
+    dim = arguments.check_weight(w, dim)
+    arguments.check_bits("bits", bits, w.shape, dim)
+    arguments.check_same_device("bits", bits, "w", w)
     return _nms.apply_bits(w, bits, dim)
 
 
 def apply_bits_(w: Tensor, bits: Tensor, *, dim: int = 1) -> Tensor:
     """:func:`apply_bits` in place; returns ``w``."""
-    dim = _check_weight(w, dim)
-    _check_bits("bits", bits, w.shape, dim)
-    _check_same_device("bits", bits, "w", w)
-    _check_in_place("w", w)
+    dim = arguments.check_weight(w, dim)
+    arguments.check_bits("bits", bits, w.shape, dim)
+    arguments.check_same_device("bits", bits, "w", w)
+    arguments.check_in_place("w", w)
     _nms.apply_bits_(w, bits, dim)
     return w
 
@@ -605,33 +442,33 @@ def add_pruned_(
         alpha: A number.
         scale: One float32 on ``w``'s device (such as a gradient scaler's), read there without a sync.
     """
-    dim = _check_weight(w, dim)
-    _check_tensor("grad", grad)
-    _check_dtype("w", w, GRAD_DTYPES)
-    _check_dtype("grad", grad, GRAD_DTYPES)
-    _check_same_shape("grad", grad, "w", w)
-    _check_same_device("grad", grad, "w", w)
-    _check_bits("bits", bits, w.shape, dim)
-    _check_same_device("bits", bits, "w", w)
-    _check_in_place("grad", grad)
+    dim = arguments.check_weight(w, dim)
+    arguments.check_tensor("grad", grad)
+    arguments.check_dtype("w", w, GRAD_DTYPES)
+    arguments.check_dtype("grad", grad, GRAD_DTYPES)
+    arguments.check_same_shape("grad", grad, "w", w)
+    arguments.check_same_device("grad", grad, "w", w)
+    arguments.check_bits("bits", bits, w.shape, dim)
+    arguments.check_same_device("bits", bits, "w", w)
+    arguments.check_in_place("grad", grad)
     if scale is not None:
-        _check_tensor("scale", scale)
-        _check_dtype("scale", scale, (torch.float32,))
+        arguments.check_tensor("scale", scale)
+        arguments.check_dtype("scale", scale, (torch.float32,))
         if scale.numel() != 1:
             raise ValueError(f"scale must hold one number, got shape {list(scale.shape)}")
-        _check_same_device("scale", scale, "w", w)
+        arguments.check_same_device("scale", scale, "w", w)
     _nms.add_pruned_(grad, w, bits, dim, float(alpha), scale)
     return grad
 
 
 def sad_into(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Writes the number of differing weights of two masks to ``out``, one int64; never syncs a GPU."""
-    _check_masks("a", a, "b", b)
-    _check_tensor("out", out)
-    _check_dtype("out", out, (torch.int64,))
+    arguments.check_masks("a", a, "b", b)
+    arguments.check_tensor("out", out)
+    arguments.check_dtype("out", out, (torch.int64,))
     if out.numel() != 1:
         raise ValueError(f"out must hold one number, got shape {list(out.shape)}")
-    _check_same_device("out", out, "a", a)
+    arguments.check_same_device("out", out, "a", a)
     _nms.sad_out(a.contiguous(), b.contiguous(), out)
     return out
 
@@ -646,20 +483,8 @@ def pack(
         ``indices`` uint8 ``[other dims..., bytes]``: where they stood, ``Pattern.bits_per_group`` bits a
         group.
     """
-    n, m, dim, pad = _arguments(w, pattern, dim, remainder)
+    n, m, dim, pad = arguments.check_grouping(w, pattern, dim, remainder)
     return _nms.compress(w, n, m, dim, pad)
-
-
-def _check_indices_tensor(indices: Tensor, p: Pattern, k: int) -> None:
-    _check_tensor("indices", indices)
-    _check_dtype("indices", indices, (torch.uint8,))
-    _check_dims("indices", indices)
-    _check_k(k)
-    row_bytes = ceil_div(p.groups(k) * p.bits_per_group, 8)
-    if indices.shape[-1] != row_bytes:
-        raise ValueError(
-            f"indices must have {row_bytes} bytes a row for {p} and k = {k}, got {indices.shape[-1]}"
-        )
 
 
 def unpack(values: Tensor, indices: Tensor, pattern: Pattern | str, *, k: int, dim: int = 1) -> Tensor:
@@ -677,11 +502,11 @@ def unpack(values: Tensor, indices: Tensor, pattern: Pattern | str, *, k: int, d
         A contiguous tensor with the group dim, of size ``k``, at ``dim``.
     """
     p = Pattern.parse(pattern)
-    _check_tensor("values", values)
-    _check_dtype("values", values, WEIGHT_DTYPES)
-    _check_dims("values", values)
-    dim = _normalize_dim("values", values.dim(), dim)
-    _check_indices_tensor(indices, p, k)
+    arguments.check_tensor("values", values)
+    arguments.check_dtype("values", values, WEIGHT_DTYPES)
+    arguments.check_dims("values", values)
+    dim = arguments.normalize_dim("values", values.dim(), dim)
+    arguments.check_indices(indices, p, k)
     if values.shape[-1] != p.groups(k) * p.n:
         raise ValueError(
             f"values must have {p.groups(k) * p.n} entries a row for {p} and k = {k}, got {values.shape[-1]}"
@@ -691,7 +516,7 @@ def unpack(values: Tensor, indices: Tensor, pattern: Pattern | str, *, k: int, d
             f"indices must agree with values, of shape {list(values.shape)}, in all but the last "
             f"dimension, got shape {list(indices.shape)}"
         )
-    _check_same_device("indices", indices, "values", values)
+    arguments.check_same_device("indices", indices, "values", values)
     return _nms.decompress(values.contiguous(), indices.contiguous(), p.n, p.m, k, dim)
 
 
@@ -705,6 +530,6 @@ def check_indices(indices: Tensor, pattern: Pattern | str, *, k: int) -> tuple[i
         None if all are legal, else ``(other dims..., group)`` of the first bad one.
     """
     p = Pattern.parse(pattern)
-    _check_indices_tensor(indices, p, k)
+    arguments.check_indices(indices, p, k)
     bad = int(_nms.check_indices(indices.contiguous(), p.n, p.m, k).item())
     return None if bad < 0 else _coordinates(bad, (*indices.shape[:-1], p.groups(k)))
