@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -53,3 +54,25 @@ def test_tables_are_up_to_date():
         text=True,
     )
     assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_a_table_is_made_of_its_result_file(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table: some_bench (how) -->\nold\n<!-- end of table -->\nafter\n")
+    rows = [
+        {"pattern": p, "time": {"median": t, "low": 0.9 * t, "high": 1.2 * t}, "faster": {"ratio": 61.7}}
+        for p, t in (("2:4", 0.0123), ("1:16", 8.5e-5))
+    ]
+    machine = {"processor": "CPU", "engine": "avx2", "threads": 2, "torch": "2.13.0", "date": "2030-01-01"}
+    (tmp_path / "some_bench.json").write_text(json.dumps({"machine": machine, "what": "Call.", "rows": rows}))
+    command = [sys.executable, str(ROOT / "bench" / "make_readme_table.py"), "--readme", str(readme)]
+    command += ["--results", str(tmp_path)]
+    assert subprocess.run([*command, "--check"], capture_output=True).returncode == 1
+    assert subprocess.run(command).returncode == 0
+    assert subprocess.run([*command, "--check"]).returncode == 0
+    text = readme.read_text()
+    assert "| 2:4 | 12.3 ms ± 20 % | 61.7x |\n| 1:16 | 85 µs ± 20 % | 61.7x |" in text
+    assert "2 threads" in text
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
