@@ -6,10 +6,11 @@
 Between ``<!-- table: NAME ... -->`` and ``<!-- end of table -->`` stands what the file
 ``bench/results/NAME.json`` says. Such a file is an object with
 
-- "machine": {"processor", "engine", "threads", "torch", "date"}, text all of them (whatever else is there is left out);
+- "machine": {"processor", "engine", "threads", "torch", "date"}, all of them text; more is left out;
 - "what": one sentence that names the measured call, the baselines, the shape and the caches' state;
-- "rows": one object a row of the table, the same keys in all: texts, or a timing {"median", "low", "high"} in seconds
-  (low and high: the middle half), or {"ratio": x}, {"share": x}, which print as "62x" and "85 %".
+- "rows": one object a row of the table, with the same keys in all. A value is a text; a timing {"median",
+  "low", "high"} in seconds (low and high: the middle half); or {"ratio": x} or {"share": x}, which print as
+  "62x" and "85 %".
 """
 
 from __future__ import annotations
