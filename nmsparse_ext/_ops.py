@@ -50,7 +50,7 @@ def schema_of(name: str) -> str:
     """
     mutated = MUTATED_ARGS[name]
     schema = torch.library.infer_schema(getattr(reference, name), mutates_args=mutated, op_name=name)
-    return re.sub(r"SymInt (?!k\b)", "int ", schema)
+    return re.sub(r"SymInt (?!(k|rows)\b)", "int ", schema)
 
 
 # The registrations live as long as this object.
