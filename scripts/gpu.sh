@@ -40,16 +40,16 @@ failed=()
 FAIL_WITHOUT_CUDA=1 timeout "$(remaining)" "$python" -m pytest -q -m needs_cuda --durations=10 \
     --continue-on-collection-errors --junitxml "$out/gpu_tests.xml" || failed+=("GPU tests")
 
-section "CPU engines on this machine"
-timeout "$(remaining)" "$python" -m pytest -q -m "not needs_cuda" tests/test_engines.py tests/test_build.py \
-    --junitxml "$out/cpu_engine_tests.xml" || failed+=("CPU engine tests")
-
 shopt -s nullglob
 for file in bench/bench_gpu_*.py; do
     name=$(basename "$file" .py)
     section "$name"
     timeout "$(remaining)" "$python" "$file" --json "$out/$name.json" || failed+=("$name")
 done
+
+section "CPU engines on this machine"
+timeout "$(remaining)" "$python" -m pytest -q -m "not needs_cuda" tests/test_engines.py tests/test_build.py \
+    --junitxml "$out/cpu_engine_tests.xml" || failed+=("CPU engine tests")
 
 section "done"
 if ((${#failed[@]})); then
