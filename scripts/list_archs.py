@@ -2,8 +2,8 @@
 
     python scripts/list_archs.py nmsparse_ext/_C*.so --expect "8.0;9.0"
 
-Fails if machine code for an expected architecture is missing. Needs `cuobjdump`, from the CUDA toolkit or from the
-PyPI package nvidia-cuda-cuobjdump.
+Fails if machine code for an expected architecture is missing. Needs `cuobjdump`, from the CUDA toolkit or
+from the PyPI package nvidia-cuda-cuobjdump.
 """
 
 from __future__ import annotations
