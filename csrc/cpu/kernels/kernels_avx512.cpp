@@ -33,6 +33,8 @@ namespace {
 
 #include "simd_rows.h"
 
+#include "simd_interleaved.h"
+
 #include "simd_select.h"
 
 #include "simd_compress.h"

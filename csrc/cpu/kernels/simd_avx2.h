@@ -39,11 +39,35 @@ NMS_INLINE Vec high64(Vec a, Vec b) { return _mm256_unpackhi_epi64(a, b); }
 NMS_INLINE Vec low16(Vec a, Vec b) { return _mm256_unpacklo_epi16(a, b); }
 NMS_INLINE Vec high16(Vec a, Vec b) { return _mm256_unpackhi_epi16(a, b); }
 
+// 32 bytes of zeros, then 32 of ones: from 32 - n on, all bytes but the first n are set.
+struct ByteRamp {
+  alignas(32) uint8_t bytes[64] = {};
+  constexpr ByteRamp() {
+    for (int i = 32; i < 64; ++i) bytes[i] = 0xFF;
+  }
+};
+
+// The first n bytes of `before`, the others of `from`.
+NMS_INLINE Vec from_byte(int n, Vec before, Vec from) {
+  static constexpr ByteRamp kRamp;
+  return _mm256_blendv_epi8(before, from, load(kRamp.bytes + 32 - n));
+}
+
+// words[j] = bit j of each of 32 bytes.
+NMS_INLINE void top_bits_first(Vec bytes, uint32_t* words /* [8] */) {
+  for (int j = 7; j >= 0; --j) {
+    words[j] = static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
+    bytes = _mm256_add_epi8(bytes, bytes);
+  }
+}
+
 struct Lanes32 {
   using Key = int32_t;
   using Mask = Vec;
   static constexpr int kLanes = 8;
   static constexpr int kPerPart = 4;
+  using MaskBits = uint8_t;  // a mask in memory
+  static constexpr int kMaskBytes = sizeof(MaskBits);
 
   static NMS_INLINE Vec broadcast(Key key) { return _mm256_set1_epi32(key); }
   static NMS_INLINE Vec max(Vec a, Vec b) { return _mm256_max_epi32(a, b); }
@@ -52,7 +76,7 @@ struct Lanes32 {
   static NMS_INLINE Vec subtract(Vec a, Vec b) { return _mm256_sub_epi32(a, b); }
   static NMS_INLINE Mask less(Vec a, Vec b) { return _mm256_cmpgt_epi32(b, a); }
   static NMS_INLINE Mask equal(Vec a, Vec b) { return _mm256_cmpeq_epi32(a, b); }
-  static NMS_INLINE Mask has_bit(Vec a, Vec bit) { return _mm256_cmpeq_epi32(bit_and(a, bit), bit); }
+  static NMS_INLINE Vec from_lane(int lane, Vec before, Vec from) { return from_byte(4 * lane, before, from); }
   static NMS_INLINE Vec add_one_where(Mask where, Vec a) { return subtract(a, where); }
 
   // Lane i of the result is lane i ^ kFlip of v. Groups of four keys are compared with their neighbours through it.
@@ -65,6 +89,22 @@ struct Lanes32 {
   static NMS_INLINE uint64_t word(const Mask (&m)[8]) { return half_word(m) | half_word(m + 4) << 32; }
   static NMS_INLINE uint64_t lane_bits(Mask m) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(m)));
+  }
+  static NMS_INLINE void store_masks(uint8_t* out, int64_t stride, Mask first, Mask second) {
+    out[0] = static_cast<uint8_t>(lane_bits(first));
+    out[stride] = static_cast<uint8_t>(lane_bits(second));
+  }
+
+  // A 32 x kLanes matrix of bits and its transpose: masks[i] has a bit per lane, words[lane] a bit per i.
+  static NMS_INLINE void transpose_masks(const uint8_t* masks /* [32][kMaskBytes] */, uint32_t* words /* [kLanes] */) {
+    top_bits_first(load(masks), words);
+  }
+  static NMS_INLINE void transpose_words(const uint32_t* words, uint8_t* masks) {
+    Vec all = load(words);
+    for (int i = 31; i >= 0; --i) {
+      masks[i] = static_cast<uint8_t>(lane_bits(all));
+      all = add(all, all);
+    }
   }
 
   // Within each part, v[i] lane j <-> v[j] lane i.
@@ -96,6 +136,8 @@ struct Lanes16 {
   using Mask = Vec;
   static constexpr int kLanes = 16;
   static constexpr int kPerPart = 8;
+  using MaskBits = uint16_t;
+  static constexpr int kMaskBytes = sizeof(MaskBits);
 
   static NMS_INLINE Vec broadcast(Key key) { return _mm256_set1_epi16(key); }
   static NMS_INLINE Vec max(Vec a, Vec b) { return _mm256_max_epi16(a, b); }
@@ -104,7 +146,7 @@ struct Lanes16 {
   static NMS_INLINE Vec subtract(Vec a, Vec b) { return _mm256_sub_epi16(a, b); }
   static NMS_INLINE Mask less(Vec a, Vec b) { return _mm256_cmpgt_epi16(b, a); }
   static NMS_INLINE Mask equal(Vec a, Vec b) { return _mm256_cmpeq_epi16(a, b); }
-  static NMS_INLINE Mask has_bit(Vec a, Vec bit) { return _mm256_cmpeq_epi16(bit_and(a, bit), bit); }
+  static NMS_INLINE Vec from_lane(int lane, Vec before, Vec from) { return from_byte(2 * lane, before, from); }
   static NMS_INLINE Vec add_one_where(Mask where, Vec a) { return subtract(a, where); }
 
   template <int kFlip>
@@ -122,6 +164,27 @@ struct Lanes16 {
 
   static NMS_INLINE uint64_t word(const Mask (&m)[4]) { return half_word(m) | half_word(m + 2) << 32; }
   static NMS_INLINE uint64_t lane_bits(Mask m) { return half_word_of(m, zero()); }
+  static NMS_INLINE void store_masks(uint8_t* out, int64_t stride, Mask first, Mask second) {
+    const uint32_t both = static_cast<uint32_t>(half_word_of(first, second));
+    std::memcpy(out, &both, kMaskBytes);
+    const uint16_t high = static_cast<uint16_t>(both >> 16);
+    std::memcpy(out + stride, &high, kMaskBytes);
+  }
+
+  static NMS_INLINE void transpose_masks(const uint8_t* masks /* [32][kMaskBytes] */, uint32_t* words /* [kLanes] */) {
+    const Vec a = load(masks), b = load(masks + kVectorBytes), low_byte = _mm256_set1_epi16(0xFF);
+    top_bits_first(bytes_of(bit_and(a, low_byte), bit_and(b, low_byte)), words);
+    top_bits_first(bytes_of(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8)), words + 8);
+  }
+  static NMS_INLINE void transpose_words(const uint32_t* words, uint8_t* masks) {
+    Vec a = load(words), b = load(words + 8);
+    for (int i = 31; i >= 0; --i) {
+      masks[2 * i] = static_cast<uint8_t>(Lanes32::lane_bits(a));
+      masks[2 * i + 1] = static_cast<uint8_t>(Lanes32::lane_bits(b));
+      a = Lanes32::add(a, a);
+      b = Lanes32::add(b, b);
+    }
+  }
 
   static NMS_INLINE void transpose_parts(Vec* v /* [kPerPart] */) {
     Vec a[8], b[8];
@@ -154,6 +217,9 @@ struct Lanes16 {
   static NMS_INLINE uint64_t half_word_of(Mask low, Mask high) {
     const Vec bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xD8);  // undo packing within parts
     return static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
+  }
+  static NMS_INLINE Vec bytes_of(Vec low, Vec high) {  // 16-bit lanes that hold a byte each
+    return _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xD8);
   }
   static NMS_INLINE uint64_t half_word(const Mask* m /* [2] */) { return half_word_of(m[0], m[1]); }
 };
@@ -222,9 +288,9 @@ NMS_INLINE void store_bytes(void* dst, Vec v, int bytes) {
 
 // Elements of kSize bytes.
 //
-//   raw        kLanes elements, one per lane of Lanes; 8-bit elements are sign-extended to 16-bit lanes
-//   kept       kStep elements of which those without a bit become zero
-//   move_kept  the same for kLanes elements whose mask is already in lanes
+//   raw     kLanes elements, one per lane of Lanes; 8-bit elements are sign-extended to 16-bit lanes
+//   kept    kStep elements of which those without a bit become zero
+//   spread  writes kLanes elements, of ones where there is a bit, of zeros elsewhere; spread_half half as many
 //
 // Functions named _first touch only the first `count` elements.
 template <int kSize>
@@ -232,11 +298,6 @@ struct WholeLanes {  // what 32-bit and 16-bit elements share: an element is a l
   static NMS_INLINE Vec raw(const void* p) { return load(p); }
   static NMS_INLINE Vec raw_first(const void* p, int count) { return load_bytes(p, kSize * count); }
   static NMS_INLINE void store_first(void* dst, Vec v, int count) { store_bytes(dst, v, kSize * count); }
-  static NMS_INLINE void move_kept(const void* src, void* dst, Vec mask) { store(dst, bit_and(load(src), mask)); }
-  static NMS_INLINE void stream_kept(const void* src, void* dst, Vec mask) { stream(dst, bit_and(load(src), mask)); }
-  static NMS_INLINE void move_kept_first(const void* src, void* dst, Vec mask, int count) {
-    store_first(dst, bit_and(raw_first(src, count), mask), count);
-  }
 };
 
 template <int kSize>
@@ -250,11 +311,15 @@ struct Elements<4> : WholeLanes<4> {
 
   static NMS_INLINE Vec mask(StepBits bits) {
     const Vec bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    return Lanes32::has_bit(_mm256_set1_epi32(bits), bit);
+    return _mm256_cmpeq_epi32(bit_and(_mm256_set1_epi32(bits), bit), bit);
   }
   static NMS_INLINE Vec kept(const void* src, StepBits bits) { return bit_and(load(src), mask(bits)); }
   static NMS_INLINE Vec kept_first(const void* src, StepBits bits, int count) {
     return bit_and(raw_first(src, count), mask(bits));
+  }
+  static NMS_INLINE void spread(void* out, uint32_t bits) { store(out, mask(static_cast<StepBits>(bits))); }
+  static NMS_INLINE void spread_half(void* out, uint32_t bits) {
+    _mm_storeu_si128(static_cast<__m128i*>(out), _mm256_castsi256_si128(mask(static_cast<StepBits>(bits))));
   }
 };
 
@@ -266,11 +331,15 @@ struct Elements<2> : WholeLanes<2> {
 
   static NMS_INLINE Vec mask(StepBits bits) {
     const Vec bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
-    return Lanes16::has_bit(_mm256_set1_epi16(static_cast<int16_t>(bits)), bit);
+    return _mm256_cmpeq_epi16(bit_and(_mm256_set1_epi16(static_cast<int16_t>(bits)), bit), bit);
   }
   static NMS_INLINE Vec kept(const void* src, StepBits bits) { return bit_and(load(src), mask(bits)); }
   static NMS_INLINE Vec kept_first(const void* src, StepBits bits, int count) {
     return bit_and(raw_first(src, count), mask(bits));
+  }
+  static NMS_INLINE void spread(void* out, uint32_t bits) { store(out, mask(static_cast<StepBits>(bits))); }
+  static NMS_INLINE void spread_half(void* out, uint32_t bits) {
+    _mm_storeu_si128(static_cast<__m128i*>(out), _mm256_castsi256_si128(mask(static_cast<StepBits>(bits))));
   }
 };
 
@@ -299,20 +368,11 @@ struct Elements<1> {
   }
   static NMS_INLINE void store_first(void* dst, Vec v, int count) { store_bytes(dst, v, count); }
 
-  static NMS_INLINE __m128i byte_mask(Vec lanes) {
-    return _mm_packs_epi16(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  static NMS_INLINE void spread(void* out, uint32_t bits) {  // half of a step
+    _mm_storeu_si128(static_cast<__m128i*>(out), _mm256_castsi256_si128(mask(bits)));
   }
-  static NMS_INLINE void move_kept(const void* src, void* dst, Vec mask) {
-    const __m128i all = _mm_loadu_si128(static_cast<const __m128i*>(src));
-    _mm_storeu_si128(static_cast<__m128i*>(dst), _mm_and_si128(all, byte_mask(mask)));
-  }
-  static NMS_INLINE void stream_kept(const void* src, void* dst, Vec mask) {
-    const __m128i all = _mm_loadu_si128(static_cast<const __m128i*>(src));
-    _mm_stream_si128(static_cast<__m128i*>(dst), _mm_and_si128(all, byte_mask(mask)));
-  }
-  static NMS_INLINE void move_kept_first(const void* src, void* dst, Vec mask, int count) {
-    const __m128i some = load_up_to_16(static_cast<const char*>(src), count);
-    store_up_to_16(static_cast<char*>(dst), _mm_and_si128(some, byte_mask(mask)), count);
+  static NMS_INLINE void spread_half(void* out, uint32_t bits) {
+    _mm_storel_epi64(static_cast<__m128i*>(out), _mm256_castsi256_si128(mask(bits)));
   }
 };
 

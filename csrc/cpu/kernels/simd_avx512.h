@@ -13,6 +13,8 @@ NMS_INLINE Vec zero() { return _mm512_setzero_si512(); }
 NMS_INLINE Vec bit_and(Vec a, Vec b) { return _mm512_and_si512(a, b); }
 NMS_INLINE Vec bit_xor(Vec a, Vec b) { return _mm512_xor_si512(a, b); }
 NMS_INLINE Vec load(const void* p) { return _mm512_loadu_si512(p); }
+NMS_INLINE Vec load_bytes(const void* p, int bytes) { return _mm512_maskz_loadu_epi8(low_bits(bytes), p); }
+NMS_INLINE void store_bytes(void* p, Vec v, int bytes) { _mm512_mask_storeu_epi8(p, low_bits(bytes), v); }
 NMS_INLINE void store(void* p, Vec v) { _mm512_storeu_si512(p, v); }
 NMS_INLINE void stream(void* p /* aligned to kVectorBytes */, Vec v) {
   _mm512_stream_si512(static_cast<__m512i*>(p), v);
@@ -39,9 +41,6 @@ NMS_INLINE Vec high64(Vec a, Vec b) { return _mm512_unpackhi_epi64(a, b); }
 NMS_INLINE Vec low16(Vec a, Vec b) { return _mm512_unpacklo_epi16(a, b); }
 NMS_INLINE Vec high16(Vec a, Vec b) { return _mm512_unpackhi_epi16(a, b); }
 
-// The first `count` bits set, count <= 64.
-NMS_INLINE uint64_t first_lanes(int count) { return _bzhi_u64(~uint64_t{0}, static_cast<unsigned>(count)); }
-
 // Where in a block's threshold vector (see simd_choose.h) lane `lane` of the block's vector f finds its own: for
 // groups shorter than a vector.
 constexpr int threshold_lane(int lanes, int m, int f, int lane) {
@@ -64,6 +63,8 @@ struct Lanes32 {
   using Mask = __mmask16;  // one bit per lane
   static constexpr int kLanes = 16;
   static constexpr int kPerPart = 4;
+  using MaskBits = uint16_t;  // a mask in memory
+  static constexpr int kMaskBytes = sizeof(MaskBits);
 
   static NMS_INLINE Vec broadcast(Key key) { return _mm512_set1_epi32(key); }
   static NMS_INLINE Vec max(Vec a, Vec b) { return _mm512_max_epi32(a, b); }
@@ -72,7 +73,9 @@ struct Lanes32 {
   static NMS_INLINE Vec subtract(Vec a, Vec b) { return _mm512_sub_epi32(a, b); }
   static NMS_INLINE Mask less(Vec a, Vec b) { return _mm512_cmplt_epi32_mask(a, b); }
   static NMS_INLINE Mask equal(Vec a, Vec b) { return _mm512_cmpeq_epi32_mask(a, b); }
-  static NMS_INLINE Mask has_bit(Vec a, Vec bit) { return _mm512_test_epi32_mask(a, bit); }
+  static NMS_INLINE Vec from_lane(int lane, Vec before, Vec from) {
+    return _mm512_mask_mov_epi32(from, static_cast<Mask>(low_bits(lane)), before);
+  }
   static NMS_INLINE Vec add_one_where(Mask where, Vec a) {
     return _mm512_mask_sub_epi32(a, where, a, _mm512_set1_epi32(-1));
   }
@@ -90,6 +93,29 @@ struct Lanes32 {
            static_cast<uint64_t>(m[3]) << 48;
   }
   static NMS_INLINE uint64_t lane_bits(Mask m) { return m; }
+  static NMS_INLINE void store_masks(uint8_t* out, int64_t stride, Mask first, Mask second) {
+    std::memcpy(out, &first, sizeof(first));
+    std::memcpy(out + stride, &second, sizeof(second));
+  }
+
+  // A 32 x kLanes matrix of bits and its transpose: masks[i] has a bit per lane, words[lane] a bit per i.
+  static NMS_INLINE void transpose_masks(const uint8_t* masks /* [32][kMaskBytes] */, uint32_t* words /* [kLanes] */) {
+    const Vec all = load(masks);
+    Vec bit = _mm512_set1_epi16(1);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      words[lane] = _mm512_test_epi16_mask(all, bit);
+      bit = _mm512_add_epi16(bit, bit);
+    }
+  }
+  static NMS_INLINE void transpose_words(const uint32_t* words, uint8_t* masks) {
+    const Vec all = load(words);
+    Vec bit = _mm512_set1_epi32(1);
+    for (int i = 0; i < 32; ++i) {
+      const Mask mask = _mm512_test_epi32_mask(all, bit);
+      std::memcpy(masks + i * kMaskBytes, &mask, sizeof(mask));
+      bit = _mm512_add_epi32(bit, bit);
+    }
+  }
 
   // Within each part, v[i] lane j <-> v[j] lane i.
   static NMS_INLINE void transpose_parts(Vec* v /* [kPerPart] */) {
@@ -112,6 +138,8 @@ struct Lanes16 {
   using Mask = __mmask32;
   static constexpr int kLanes = 32;
   static constexpr int kPerPart = 8;
+  using MaskBits = uint32_t;
+  static constexpr int kMaskBytes = sizeof(MaskBits);
 
   static NMS_INLINE Vec broadcast(Key key) { return _mm512_set1_epi16(key); }
   static NMS_INLINE Vec max(Vec a, Vec b) { return _mm512_max_epi16(a, b); }
@@ -120,7 +148,9 @@ struct Lanes16 {
   static NMS_INLINE Vec subtract(Vec a, Vec b) { return _mm512_sub_epi16(a, b); }
   static NMS_INLINE Mask less(Vec a, Vec b) { return _mm512_cmplt_epi16_mask(a, b); }
   static NMS_INLINE Mask equal(Vec a, Vec b) { return _mm512_cmpeq_epi16_mask(a, b); }
-  static NMS_INLINE Mask has_bit(Vec a, Vec bit) { return _mm512_test_epi16_mask(a, bit); }
+  static NMS_INLINE Vec from_lane(int lane, Vec before, Vec from) {
+    return _mm512_mask_mov_epi16(from, static_cast<Mask>(low_bits(lane)), before);
+  }
   static NMS_INLINE Vec add_one_where(Mask where, Vec a) {
     return _mm512_mask_sub_epi16(a, where, a, _mm512_set1_epi16(-1));
   }
@@ -142,6 +172,25 @@ struct Lanes16 {
     return static_cast<uint64_t>(m[0]) | static_cast<uint64_t>(m[1]) << 32;
   }
   static NMS_INLINE uint64_t lane_bits(Mask m) { return m; }
+  static NMS_INLINE void store_masks(uint8_t* out, int64_t stride, Mask first, Mask second) {
+    std::memcpy(out, &first, sizeof(first));
+    std::memcpy(out + stride, &second, sizeof(second));
+  }
+
+  static NMS_INLINE void transpose_masks(const uint8_t* masks /* [32][kMaskBytes] */, uint32_t* words /* [kLanes] */) {
+    const Vec first = load(masks), last = load(masks + kVectorBytes);
+    Vec low = low_halves(first, last);
+    Vec high = low_halves(_mm512_srli_epi32(first, 16), _mm512_srli_epi32(last, 16));
+    Vec bit = _mm512_set1_epi16(1);
+    for (int lane = 0; lane < 16; ++lane) {
+      words[lane] = _mm512_test_epi16_mask(low, bit);
+      words[lane + 16] = _mm512_test_epi16_mask(high, bit);
+      bit = _mm512_add_epi16(bit, bit);
+    }
+  }
+  static NMS_INLINE void transpose_words(const uint32_t* words, uint8_t* masks) {
+    transpose_masks(reinterpret_cast<const uint8_t*>(words), reinterpret_cast<uint32_t*>(masks));  // it is 32 x 32
+  }
 
   static NMS_INLINE void transpose_parts(Vec* v /* [kPerPart] */) {
     Vec a[8], b[8];
@@ -169,13 +218,18 @@ struct Lanes16 {
     static constexpr SpreadTable<int16_t, kLanes, kM> kTable;
     return _mm512_permutexvar_epi16(load(kTable.lane[f]), load(thresholds));
   }
+
+ private:
+  static NMS_INLINE Vec low_halves(Vec a, Vec b) {  // of each 32 bits
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)), _mm512_cvtepi32_epi16(b), 1);
+  }
 };
 
 // Elements of kSize bytes.
 //
-//   raw        kLanes elements, one per lane of Lanes; 8-bit elements are sign-extended to 16-bit lanes
-//   kept       kStep elements of which those without a bit become zero
-//   move_kept  the same for kLanes elements whose mask is already in lanes
+//   raw     kLanes elements, one per lane of Lanes; 8-bit elements are sign-extended to 16-bit lanes
+//   kept    kStep elements of which those without a bit become zero
+//   spread  writes kLanes elements, of ones where there is a bit, of zeros elsewhere; spread_half half as many
 //
 // Functions named _first touch only the first `count` elements.
 template <int kSize>
@@ -189,19 +243,20 @@ struct Elements<4> {
 
   static NMS_INLINE Vec raw(const void* p) { return load(p); }
   static NMS_INLINE Vec raw_first(const void* p, int count) {
-    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(first_lanes(count)), p);
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(low_bits(count)), p);
   }
   static NMS_INLINE Vec kept(const void* src, StepBits bits) { return _mm512_maskz_loadu_epi32(bits, src); }
   static NMS_INLINE Vec kept_first(const void* src, StepBits bits, int count) {
-    return kept(src, static_cast<StepBits>(bits & first_lanes(count)));
+    return kept(src, static_cast<StepBits>(bits & low_bits(count)));
   }
   static NMS_INLINE void store_first(void* dst, Vec v, int count) {
-    _mm512_mask_storeu_epi32(dst, static_cast<__mmask16>(first_lanes(count)), v);
+    _mm512_mask_storeu_epi32(dst, static_cast<__mmask16>(low_bits(count)), v);
   }
-  static NMS_INLINE void move_kept(const void* src, void* dst, Lanes::Mask mask) { store(dst, kept(src, mask)); }
-  static NMS_INLINE void stream_kept(const void* src, void* dst, Lanes::Mask mask) { stream(dst, kept(src, mask)); }
-  static NMS_INLINE void move_kept_first(const void* src, void* dst, Lanes::Mask mask, int count) {
-    store_first(dst, kept_first(src, mask, count), count);
+  static NMS_INLINE void spread(void* out, uint32_t bits) {
+    store(out, _mm512_movm_epi32(static_cast<__mmask16>(bits)));
+  }
+  static NMS_INLINE void spread_half(void* out, uint32_t bits) {
+    _mm256_storeu_si256(static_cast<__m256i*>(out), _mm256_movm_epi32(static_cast<__mmask8>(bits)));
   }
 };
 
@@ -213,19 +268,18 @@ struct Elements<2> {
 
   static NMS_INLINE Vec raw(const void* p) { return load(p); }
   static NMS_INLINE Vec raw_first(const void* p, int count) {
-    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(first_lanes(count)), p);
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(low_bits(count)), p);
   }
   static NMS_INLINE Vec kept(const void* src, StepBits bits) { return _mm512_maskz_loadu_epi16(bits, src); }
   static NMS_INLINE Vec kept_first(const void* src, StepBits bits, int count) {
-    return kept(src, static_cast<StepBits>(bits & first_lanes(count)));
+    return kept(src, static_cast<StepBits>(bits & low_bits(count)));
   }
   static NMS_INLINE void store_first(void* dst, Vec v, int count) {
-    _mm512_mask_storeu_epi16(dst, static_cast<__mmask32>(first_lanes(count)), v);
+    _mm512_mask_storeu_epi16(dst, static_cast<__mmask32>(low_bits(count)), v);
   }
-  static NMS_INLINE void move_kept(const void* src, void* dst, Lanes::Mask mask) { store(dst, kept(src, mask)); }
-  static NMS_INLINE void stream_kept(const void* src, void* dst, Lanes::Mask mask) { stream(dst, kept(src, mask)); }
-  static NMS_INLINE void move_kept_first(const void* src, void* dst, Lanes::Mask mask, int count) {
-    store_first(dst, kept_first(src, mask, count), count);
+  static NMS_INLINE void spread(void* out, uint32_t bits) { store(out, _mm512_movm_epi16(bits)); }
+  static NMS_INLINE void spread_half(void* out, uint32_t bits) {
+    _mm256_storeu_si256(static_cast<__m256i*>(out), _mm256_movm_epi16(static_cast<__mmask16>(bits)));
   }
 };
 
@@ -239,24 +293,20 @@ struct Elements<1> {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
   }
   static NMS_INLINE Vec raw_first(const void* p, int count) {
-    return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(first_lanes(count)), p));
+    return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(low_bits(count)), p));
   }
   static NMS_INLINE Vec kept(const void* src, StepBits bits) { return _mm512_maskz_loadu_epi8(bits, src); }
   static NMS_INLINE Vec kept_first(const void* src, StepBits bits, int count) {
-    return kept(src, bits & first_lanes(count));
+    return kept(src, bits & low_bits(count));
   }
   static NMS_INLINE void store_first(void* dst, Vec v, int count) {
-    _mm512_mask_storeu_epi8(dst, first_lanes(count), v);
+    _mm512_mask_storeu_epi8(dst, low_bits(count), v);
   }
-  static NMS_INLINE void move_kept(const void* src, void* dst, Lanes::Mask mask) {
-    _mm256_storeu_si256(static_cast<__m256i*>(dst), _mm256_maskz_loadu_epi8(mask, src));
+  static NMS_INLINE void spread(void* out, uint32_t bits) {
+    _mm256_storeu_si256(static_cast<__m256i*>(out), _mm256_movm_epi8(bits));
   }
-  static NMS_INLINE void stream_kept(const void* src, void* dst, Lanes::Mask mask) {
-    _mm256_stream_si256(static_cast<__m256i*>(dst), _mm256_maskz_loadu_epi8(mask, src));
-  }
-  static NMS_INLINE void move_kept_first(const void* src, void* dst, Lanes::Mask mask, int count) {
-    const __mmask32 first = static_cast<__mmask32>(first_lanes(count));
-    _mm256_mask_storeu_epi8(dst, first, _mm256_maskz_loadu_epi8(mask & first, src));
+  static NMS_INLINE void spread_half(void* out, uint32_t bits) {
+    _mm_storeu_si128(static_cast<__m128i*>(out), _mm_movm_epi8(static_cast<__mmask16>(bits)));
   }
 };
 

@@ -2,15 +2,13 @@
 //
 // Two shapes of input:
 //   in rows    elements lie as the weights do, group after group. Result: one bit per element.
-//   in lanes   keys[i][lane]: each lane is a row of its own, i runs along its group. Result: one bit string per lane.
+//   in lanes   keys[i][lane]: each lane is a row of its own, i runs along its group. Result: one mask of lanes per i.
 //
 // Ties go to the lower index. The networks find a threshold, the n-th largest key; keys equal to it can be more than
 // there is room for, which is rare and repaired afterwards, the highest index first.
 //
 // Note    Included inside a target region, after simd_networks.h.
 #pragma once
-
-constexpr int kLaneKeys = 32;  // keys per lane that are chosen in one call: a multiple of every m here
 
 // How far ahead of its loads a chooser asks for memory. Without it the memory would rest while a block is sorted.
 constexpr int kPrefetchBytes = 8192;
@@ -24,9 +22,10 @@ struct Chooser {
   void (*in_rows)(const Key* elements, int64_t count, int n, Key nan, uint8_t* mask);
   int64_t block;
 
-  // keys [groups * m][kLanes] -> bits [kLaneKeys / bits of a key][kLanes]; bits past groups * m are undefined. Lanes
-  // that are not `used` may hold anything.
-  void (*in_lanes)(const Key* keys, int groups, int n, uint64_t used, Key* bits);
+  // keys [count][stride], of which the first kLanes of each i are read -> mask: kMaskBytes for each i, mask_stride bytes
+  // apart. count is a multiple of m. Lanes that are not `used` may hold anything.
+  void (*in_lanes)(const Key* keys, int64_t stride, int64_t count, int n, uint64_t used, uint8_t* mask,
+                   int64_t mask_stride);
 };
 
 // From the bits of a float to its key, see core/dtype.h.
@@ -266,68 +265,64 @@ void choose_in_rows(const typename L::Key* elements, int64_t count, int n, typen
 
 // ---- Lanes ----
 
-// Shifts one bit per lane into `bits` for each of `count` keys, the last first: set where the key is dropped. Where
-// `missing` is negative, that many keys equal to the threshold are dropped too.
-template <class L, bool kRepairTies>
-NMS_INLINE Vec dropped_bits(const typename L::Key* keys, int count, Vec threshold, Vec bits, Vec& dropped, Vec& missing) {
+// The masks of one group. Where `missing` is negative, that many keys equal to the threshold are dropped, the last
+// first; where there are more than n without that, `missing` says so afterwards.
+template <class L, int kM, bool kRepairTies, class KeyAt>
+NMS_INLINE void keep_in_lanes(KeyAt key_at, Vec threshold, Vec& missing, uint8_t* mask, int64_t mask_stride) {
+  using Mask = typename L::Mask;
+  const Vec below = L::subtract(threshold, L::broadcast(1));
+  Vec kept_count = zero();
   NMS_UNROLL
-  for (int i = count - 1; i >= 0; --i) {
-    const Vec key = load(keys + i * L::kLanes);
-    typename L::Mask drop = L::less(key, threshold);
-    if constexpr (kRepairTies) {
-      const typename L::Mask tie = static_cast<typename L::Mask>(L::equal(key, threshold) & L::less(missing, zero()));
-      missing = L::add_one_where(tie, missing);
-      drop = static_cast<typename L::Mask>(drop | tie);
-    } else {
-      dropped = L::add_one_where(drop, dropped);
+  for (int pair = kM - 2; pair >= 0; pair -= 2) {
+    Mask kept[2];
+    NMS_UNROLL
+    for (int i = 1; i >= 0; --i) {
+      const Vec key = key_at(pair + i);
+      kept[i] = L::less(below, key);
+      if constexpr (kRepairTies) {
+        const Mask tie = static_cast<Mask>(L::equal(key, threshold) & L::less(missing, zero()));
+        missing = L::add_one_where(tie, missing);
+        kept[i] = static_cast<Mask>(kept[i] & ~tie);
+      } else {
+        kept_count = L::add_one_where(kept[i], kept_count);
+      }
     }
-    bits = L::add_one_where(drop, L::add(bits, bits));
+    L::store_masks(mask + pair * mask_stride, mask_stride, kept[0], kept[1]);
   }
-  return bits;
+  if constexpr (!kRepairTies) missing = L::subtract(missing, kept_count);
 }
 
 template <class L, int kM, int kN>
-void choose_in_lanes(const typename L::Key* keys, int groups, int n, uint64_t used, typename L::Key* bits) {
+void choose_in_lanes(const typename L::Key* keys, int64_t stride, int64_t count, int n, uint64_t used, uint8_t* mask,
+                     int64_t mask_stride) {
   using Key = typename L::Key;
-  constexpr int kKeyBits = 8 * sizeof(Key);
-  constexpr int kStrings = kLaneKeys / kKeyBits;                     // bit strings per lane
-  constexpr int kGroupStrings = kM > kKeyBits ? kM / kKeyBits : 1;  // bit strings per group
-  constexpr int kRun = kM / kGroupStrings;                          // keys of a group within a string
   const Rank<kM, kN> rank(n);
   const Vec turn = L::broadcast(static_cast<Key>(rank.turned ? -1 : 0));
-  const Vec surplus = L::broadcast(static_cast<Key>(kM - n));
-
-  Vec strings[kStrings];
-  for (Vec& string : strings) string = zero();
-  for (int group = groups - 1; group >= 0; --group) {  // the last first, as bits are shifted in
-    const Key* group_keys = keys + group * kM * L::kLanes;
-    Vec v[kM];
+  for (int64_t first = 0; first < count; first += kM) {
+    const Key* group = keys + first * stride;
+    Vec v[kM], unsorted[kM];
     NMS_UNROLL
     for (int i = 0; i < kM; ++i) {
-      v[i] = load(group_keys + i * L::kLanes);
+      v[i] = unsorted[i] = load(group + i * stride);
       if constexpr (rank.kAnyN) v[i] = bit_xor(v[i], turn);
     }
+    const auto key_at = [&](int i) {  // long groups are too many for the registers
+      if constexpr (kM <= 8)
+        return unsorted[i];
+      else
+        return load(group + i * stride);
+    };
     sort_top<L, kM / 2, rank.kN>(v);
     sort_top<L, kM / 2, rank.kN>(v + kM / 2);
     Vec threshold = merge_threshold<L>(v, v + kM / 2, rank);
     if constexpr (rank.kAnyN) threshold = bit_xor(threshold, turn);
 
-    const int first_string = group * kM / kKeyBits;
-    Vec before[kGroupStrings];
-    Vec dropped = zero(), missing = zero();
-    for (int s = kGroupStrings - 1; s >= 0; --s) {
-      before[s] = strings[first_string + s];
-      strings[first_string + s] =
-          dropped_bits<L, false>(group_keys + s * kRun * L::kLanes, kRun, threshold, before[s], dropped, missing);
-    }
-    missing = L::subtract(dropped, surplus);
+    uint8_t* group_mask = mask + first * mask_stride;
+    Vec missing = L::broadcast(static_cast<Key>(n));
+    keep_in_lanes<L, kM, false>(key_at, threshold, missing, group_mask, mask_stride);
     if (L::lane_bits(L::less(missing, zero())) & used)
-      for (int s = kGroupStrings - 1; s >= 0; --s)
-        strings[first_string + s] =
-            dropped_bits<L, true>(group_keys + s * kRun * L::kLanes, kRun, threshold, before[s], dropped, missing);
+      keep_in_lanes<L, kM, true>(key_at, threshold, missing, group_mask, mask_stride);
   }
-  const Vec ones = L::broadcast(-1);
-  for (int s = 0; s < kStrings; ++s) store(bits + s * L::kLanes, bit_xor(strings[s], ones));
 }
 
 // ---- n == m ----
@@ -338,9 +333,9 @@ void keep_all_in_rows(const typename L::Key*, int64_t count, int, typename L::Ke
 }
 
 template <class L>
-void keep_all_in_lanes(const typename L::Key*, int, int, uint64_t, typename L::Key* bits) {
-  for (int64_t i = 0; i < kLaneKeys / int64_t{8 * sizeof(bits[0])}; ++i)
-    store(bits + i * L::kLanes, L::broadcast(-1));
+void keep_all_in_lanes(const typename L::Key*, int64_t, int64_t count, int, uint64_t, uint8_t* mask,
+                       int64_t mask_stride) {
+  for (int64_t i = 0; i < count; ++i) std::memset(mask + i * mask_stride, 0xFF, L::kMaskBytes);
 }
 
 // ---- The choice of the choice ----

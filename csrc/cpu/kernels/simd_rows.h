@@ -1,4 +1,4 @@
-// From elements to keys, and from masks back to elements, along contiguous rows and across interleaved ones.
+// From elements to keys, and from masks back to elements, along rows.
 //
 // Note    Included inside a target region, after simd_choose.h.
 #pragma once
@@ -189,72 +189,4 @@ void choose_rows(const void* src, int64_t src_row, int64_t src_k, int64_t rows, 
       }
     }
   }
-}
-
-// ---- Interleaved rows: neighbouring rows are neighbours in memory, the group dim is strided. Lanes are rows. ----
-
-// The mask of up to kLaneKeys elements of kLanes rows: string s of a lane holds elements [s * bits, (s + 1) * bits).
-template <class L>
-struct LaneBits {
-  using Key = typename L::Key;
-  static constexpr int kKeyBits = 8 * sizeof(Key);
-  static constexpr int kStrings = kLaneKeys / kKeyBits;
-
-  // One vector of slack: a strip that begins at lane `l` is read as a whole vector from there.
-  alignas(64) Key strings[(kStrings + 1) * L::kLanes];
-
-  NMS_INLINE uint32_t get(int lane) const {
-    if constexpr (kStrings == 1)
-      return static_cast<uint32_t>(strings[lane]);
-    else
-      return static_cast<uint16_t>(strings[lane]) | static_cast<uint32_t>(strings[L::kLanes + lane]) << 16;
-  }
-  NMS_INLINE void set(int lane, uint32_t bits) {
-    strings[lane] = static_cast<Key>(bits);
-    if constexpr (kStrings == 2) strings[L::kLanes + lane] = static_cast<Key>(bits >> 16);
-  }
-};
-
-// dst = src where kept, for `count` rows (all kLanes if kFull) by `keys` elements; strides along k in elements.
-template <int kSize, bool kFull>
-void copy_kept_across(const char* src, int64_t src_k, char* dst, int64_t dst_k,
-                      const LaneBits<typename Elements<kSize>::Lanes>& bits, int first_lane, int count, int keys,
-                      bool past_cache) {
-  using E = Elements<kSize>;
-  using L = typename E::Lanes;
-  constexpr int kKeyBits = LaneBits<L>::kKeyBits;
-  for (int begin = 0; begin < keys; begin += kKeyBits) {
-    const int end = begin + kKeyBits < keys ? begin + kKeyBits : keys;
-    const Vec string = load(bits.strings + begin / kKeyBits * L::kLanes + first_lane);
-    Vec bit = L::broadcast(1);
-    for (int i = begin; i < end; ++i, bit = L::add(bit, bit)) {
-      const auto kept = L::has_bit(string, bit);
-      if constexpr (!kFull)
-        E::move_kept_first(src + i * src_k * kSize, dst + i * dst_k * kSize, kept, count);
-      else if (past_cache)
-        E::stream_kept(src + i * src_k * kSize, dst + i * dst_k * kSize, kept);
-      else
-        E::move_kept(src + i * src_k * kSize, dst + i * dst_k * kSize, kept);
-    }
-  }
-}
-
-// Streaming needs aligned vectors, and pays only for whole cache lines.
-template <int kSize>
-bool can_stream_across(const void* dst, int64_t dst_k) {
-  constexpr int64_t kBytes = Elements<kSize>::Lanes::kLanes * kSize;
-  return kBytes == 64 && is_aligned(dst, kBytes) && dst_k * kSize % kBytes == 0;
-}
-
-// Calls strip(first_row, rows, first_k, end_k) for strips of kLanes rows by kLaneKeys, and for the last, narrower strip
-// over all of k at once: it fills its lanes with several parts of k.
-template <class L, class Strip>
-NMS_INLINE void for_each_strip(int64_t rows, int64_t k, Strip strip) {
-  const int64_t full_rows = rows / L::kLanes * L::kLanes;
-  for (int64_t first = 0; first < k && full_rows > 0; first += kLaneKeys) {
-    const int64_t end = k - first < kLaneKeys ? k : first + kLaneKeys;
-    for (int64_t row = 0; row < full_rows; row += L::kLanes)
-      strip(std::true_type{}, row, L::kLanes, first, end);
-  }
-  if (full_rows < rows) strip(std::false_type{}, full_rows, static_cast<int>(rows - full_rows), 0, k);
 }
