@@ -23,10 +23,10 @@ METHODS = ("dense", "ste", "sr-ste")
 # dense in the SR-STE paper too.
 DENSE_LAYERS = ("conv1", "fc")
 
-# SR-STE pulls pruned weights towards zero by lambda * lr in every step, so lambda must grow as runs get shorter.
-# The published 2e-4 belongs to half a million steps; in the few hundred steps of this recipe it would be plain
-# STE in all but name. Of 0.02, 0.55 and 1, tried with seed 0, 0.02 was taken: all three lower SAD, the larger two
-# cost test accuracy. So the accuracy of SR-STE under this lambda is no blind result.
+# SR-STE pulls pruned weights towards zero by lambda * lr in every step, so lambda must grow as runs get
+# shorter. The published 2e-4 belongs to half a million steps; in the few hundred steps of this recipe it
+# would be plain STE in all but name. Of 0.02, 0.55 and 1, tried with seed 0, 0.02 was taken: all three lower
+# SAD, the larger two cost test accuracy. So the accuracy of SR-STE under this lambda is no blind result.
 LAMBDA_W = 0.02
 
 BATCH_SIZE, LR, MOMENTUM, WEIGHT_DECAY = 128, 0.1, 0.9, 5e-4
