@@ -18,4 +18,9 @@ STABLE_TORCH_LIBRARY(nmsparse, m) {
   m.def("decompress(Tensor values, Tensor indices, int n, int m, SymInt k, int dim) -> Tensor");
   m.def("check_indices(Tensor indices, int n, int m, SymInt k) -> Tensor");
   m.def("transposable_bits(Tensor w) -> Tensor");
+  m.def("panel_pack(Tensor values, Tensor indices, int n, int m, SymInt k) -> (Tensor, Tensor)");
+  m.def("panel_unpack(Tensor value_panels, Tensor index_panels, int n, int m, SymInt rows, SymInt k) -> Tensor");
+  m.def(
+      "panel_linear(Tensor x, Tensor value_panels, Tensor index_panels, Tensor? bias, int n, int m, SymInt rows, "
+      "SymInt k, str activation) -> Tensor");
 }

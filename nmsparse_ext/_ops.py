@@ -8,6 +8,7 @@ here, once.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
+from . import _panel_layout as panel_checks
 from . import reference
 from ._build import extension
+from ._panel_layout import PanelLayout
 
 NAMESPACE = "nmsparse"
 
@@ -39,6 +42,9 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
     "decompress": (),
     "check_indices": (),
     "transposable_bits": (),
+    "panel_pack": (),
+    "panel_unpack": (),
+    "panel_linear": (),
 }
 
 
@@ -193,6 +199,40 @@ def _fake_transposable_bits(w: Tensor) -> Tensor:
     return w.new_empty(checks.bits_shape(w.shape, 1), dtype=torch.uint8)
 
 
+@_fake
+def _fake_panel_pack(values: Tensor, indices: Tensor, n: int, m: int, k: int) -> tuple[Tensor, Tensor]:
+    panel_checks.check_panel_pack(values, indices, n, m, k)
+    layout, rows = PanelLayout.of(n, m, k, values.dtype), values.shape[0]
+    return (
+        values.new_empty(layout.value_shape(rows)),
+        values.new_empty(layout.index_shape(rows), dtype=torch.int32),
+    )
+
+
+@_fake
+def _fake_panel_unpack(
+    value_panels: Tensor, index_panels: Tensor, n: int, m: int, rows: int, k: int
+) -> Tensor:
+    panel_checks.check_panels(value_panels, index_panels, n, m, rows, k)
+    return value_panels.new_empty((rows, k))
+
+
+@_fake
+def _fake_panel_linear(
+    x: Tensor,
+    value_panels: Tensor,
+    index_panels: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    rows: int,
+    k: int,
+    activation: str,
+) -> Tensor:
+    panel_checks.check_panel_linear(x, value_panels, index_panels, bias, n, m, rows, k, activation)
+    return x.new_empty((*x.shape[:-1], rows))
+
+
 # --------------------------------------------------------------------------------------------------- autograd
 # A mask is a constant to autograd: gradients pass where weights are kept.
 
@@ -243,7 +283,41 @@ def _grad_decompress(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, 
     return reference.gather_packed(grad, indices, ctx.n, ctx.m, ctx.dim), None, None, None, None, None
 
 
+def _save_panel_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, value_panels, index_panels, bias, *layout, activation = inputs
+    ctx.layout, ctx.activation = layout, activation
+    # What came before an activation is summed again in the backward pass: the fusion is meant for inference.
+    again = (x, bias) if activation != "none" else (None, None)
+    ctx.save_for_backward(value_panels, index_panels, *again)
+
+
+def _grad_panel_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and bias; the weight, frozen, is made dense once for them."""
+    value_panels, index_panels, x, bias = ctx.saved_tensors
+    if ctx.activation != "none":
+        before = torch.ops.nmsparse.panel_linear(x, value_panels, index_panels, bias, *ctx.layout, "none")
+        grad = grad * _slope(ctx.activation, before)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ torch.ops.nmsparse.panel_unpack(value_panels, index_panels, *ctx.layout)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+    return grad_x, None, None, grad_bias, None, None, None, None, None
+
+
+def _slope(activation: str, x: Tensor) -> Tensor:
+    """The derivative of an activation at ``x``."""
+    if activation == "relu":
+        return (x > 0).to(x.dtype)
+    if activation == "silu":
+        sigmoid = torch.sigmoid(x)
+        return sigmoid * (1 + x * (1 - sigmoid))
+    density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
+
+
 for _name, _backward, _setup in (
+    ("panel_linear", _grad_panel_linear, _save_panel_linear),
     ("prune", _grad_prune, _save_prune),
     ("apply_bits", _grad_apply_bits, _save_apply_bits),
     ("compress", _grad_compress, _save_compress),

@@ -174,3 +174,6 @@ register_engine(
         automatic=False,
     )
 )
+
+# At the end, because they register themselves in the table above.
+from . import engines_cpu  # noqa: E402, F401

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as checks
+from . import _panel_layout as panel_checks
 from ._checks import ceil_div
+from ._panel_layout import PANEL_ROWS, WINDOW_INPUTS, PanelLayout
 from .pattern import Pattern
 
 # ----------------------------------------------------------------------------------------- the selection rule
@@ -305,6 +307,117 @@ def check_indices(indices: Tensor, n: int, m: int, k: int) -> Tensor:
     bad[..., -1] |= (rest != 0).any(-1)
     bad = bad.flatten()
     return torch.where(bad.any(), bad.int().argmax(), none)
+
+
+# ------------------------------------------------------------------------------------------------- CPU panels
+
+
+def _window_places(indices: Tensor, n: int, m: int, k: int, layout: PanelLayout) -> Tensor:
+    """Where in its group each value stands: ``int64 [rows, windows, slots]``.
+
+    Missing groups at the end point at their first weight.
+    """
+    group_bits = _group_bits(indices, n, m, k)
+    if Pattern(n, m).encoding == "bitmask":
+        places = (1 - group_bits).sort(dim=-1, stable=True).indices[..., :n]
+    else:
+        places = _index_fields(group_bits, n, m)
+    windows = layout.steps * layout.halves
+    missing = windows * (layout.window // m) - places.shape[-2]
+    return F.pad(places, (0, 0, 0, missing)).reshape(places.shape[0], windows, layout.slots)
+
+
+def _group_starts(layout: PanelLayout, device: torch.device) -> Tensor:
+    """The place in the window at which the group of each slot starts: ``int64 [slots]``."""
+    return torch.arange(layout.slots, device=device) // layout.n * layout.m
+
+
+def _by_panel(rows: Tensor, layout: PanelLayout) -> Tensor:
+    """``[rows, windows, slots] -> [panels, steps, slots, 16, halves]``, missing rows filled with 0."""
+    panels = ceil_div(rows.shape[0], PANEL_ROWS)
+    rows = F.pad(rows, (0, 0, 0, 0, 0, panels * PANEL_ROWS - rows.shape[0]))
+    split = rows.reshape(panels, PANEL_ROWS, layout.steps, layout.halves, layout.slots)
+    return split.permute(0, 2, 4, 1, 3)
+
+
+def _field_shifts(layout: PanelLayout, device: torch.device) -> Tensor:
+    """The bit at which each field of a word starts: ``int64 [fields, 1, halves]``."""
+    shifts = torch.arange(layout.fields, device=device) * layout.index_bits
+    return shifts.view(-1, 1, 1) + torch.arange(layout.halves, device=device) * (32 // layout.halves)
+
+
+def panel_pack(values: Tensor, indices: Tensor, n: int, m: int, k: int) -> tuple[Tensor, Tensor]:
+    """The panel form of a packed weight ``[rows, k]``: values and index words; see ``core/panel_layout.h``.
+
+    Returns:
+        ``value_panels [panels, steps, slots, 16]`` (bfloat16: ``[..., 16, 2]``) and ``index_panels int32
+        [panels, words, 16]``.
+    """
+    panel_checks.check_panel_pack(values, indices, n, m, k)
+    layout = PanelLayout.of(n, m, k, values.dtype)
+    rows, windows = values.shape[0], layout.steps * layout.halves
+    kept = F.pad(_as_int(values), (0, windows * layout.slots - values.shape[1]))
+    value_panels = _by_panel(kept.reshape(rows, windows, layout.slots), layout)
+    if layout.halves == 1:
+        value_panels = value_panels.squeeze(-1)
+
+    fields = _window_places(indices, n, m, k, layout)
+    if layout.index_bits == 4:
+        fields = fields + _group_starts(layout, values.device)
+    fields = _by_panel(fields, layout).flatten(1, 2)  # [panels, slots of the panel, 16, halves]
+    fields = F.pad(fields, (0, 0, 0, 0, 0, layout.words * layout.fields - fields.shape[1]))
+    fields = fields.reshape(fields.shape[0], layout.words, layout.fields, PANEL_ROWS, layout.halves)
+    words = (fields << _field_shifts(layout, values.device)).sum((2, 4))
+    words = words - ((words >> 31) << 32)  # as the int32 with the same bits
+    return value_panels.contiguous().view(values.dtype), words.to(torch.int32)
+
+
+def panel_unpack(value_panels: Tensor, index_panels: Tensor, n: int, m: int, rows: int, k: int) -> Tensor:
+    """The dense weight ``[rows, k]`` of its panel form."""
+    panel_checks.check_panels(value_panels, index_panels, n, m, rows, k)
+    layout = PanelLayout.of(n, m, k, value_panels.dtype)
+    panels, slots = value_panels.shape[0], layout.steps * layout.slots
+    words = index_panels.to(torch.int64).view(panels, layout.words, 1, PANEL_ROWS, 1)
+    fields = (words >> _field_shifts(layout, words.device)) & ((1 << layout.index_bits) - 1)
+    fields = fields.flatten(1, 2)[:, :slots]
+
+    def by_row(x: Tensor) -> Tensor:
+        split = x.reshape(panels, layout.steps, layout.slots, PANEL_ROWS, layout.halves)
+        windows = layout.steps * layout.halves
+        return split.permute(0, 3, 1, 4, 2).reshape(panels * PANEL_ROWS, windows, layout.slots)[:rows]
+
+    places = by_row(fields)
+    if layout.index_bits == 2:
+        places = places + _group_starts(layout, words.device)
+    # A window has room for every place that a field can name.
+    dense = _as_int(value_panels).new_zeros(rows, layout.steps * layout.halves, WINDOW_INPUTS)
+    dense.scatter_(-1, places, by_row(_as_int(value_panels)))
+    return dense[..., : layout.window].flatten(1)[:, :k].contiguous().view(value_panels.dtype)
+
+
+def panel_linear(
+    x: Tensor,
+    value_panels: Tensor,
+    index_panels: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    rows: int,
+    k: int,
+    activation: str,
+) -> Tensor:
+    """``activation(x @ W.T + bias)`` with ``W [rows, k]`` in panel form: ``[..., k] -> [..., rows]``.
+
+    Sums are taken in float32, or in float64 for float64, and rounded once, after the activation ("none",
+    "relu", "gelu", "silu").
+    """
+    panel_checks.check_panel_linear(x, value_panels, index_panels, bias, n, m, rows, k, activation)
+    compute = torch.promote_types(torch.float32, x.dtype)
+    weight = panel_unpack(value_panels, index_panels, n, m, rows, k).to(compute)
+    y = F.linear(x.to(compute), weight, None if bias is None else bias.to(compute))
+    if activation != "none":
+        y = getattr(F, activation)(y)
+    return y.to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------- 4x4 transposable

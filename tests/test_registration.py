@@ -117,6 +117,46 @@ def sample_calls() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "check_indices": [(indices, n, m, w.shape[dim]) for w, _, indices, n, m, dim in packed],
         "transposable_bits": [(torch.randn(8, 12),), (torch.randn(12, 4, dtype=torch.bfloat16).T,)],
+        **panel_calls(),
+    }
+
+
+def panel_calls() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for the ops of the panel form, whose patterns and dtypes are fewer."""
+    packed = [
+        (*reference.compress(torch.randn(rows, k).to(dtype), n, m, 1, True), n, m, rows, k)
+        for n, m, rows, k, dtype in (
+            (2, 4, 20, 48, torch.float32),
+            (1, 16, 16, 40, torch.bfloat16),
+            (3, 5, 7, 33, torch.float16),
+            (4, 8, 5, 8, torch.float64),
+            (2, 4, 0, 8, torch.float32),
+        )
+    ]
+    panels = [
+        (*reference.panel_pack(values, indices, n, m, k), n, m, rows, k)
+        for values, indices, n, m, rows, k in packed
+    ]
+    return {
+        "panel_pack": [(values, indices, n, m, k) for values, indices, n, m, _, k in packed],
+        "panel_unpack": list(panels),
+        "panel_linear": [
+            # Small integers: their sums are exact in any order.
+            (
+                torch.randint(-4, 5, (2, 3, k)).to(values.dtype).requires_grad_(grad),
+                values.round(),
+                indices,
+                bias.to(values.dtype).requires_grad_(grad) if grad else None,
+                n,
+                m,
+                rows,
+                k,
+                activation,
+            )
+            for values, indices, n, m, rows, k in panels
+            for bias in (torch.randint(-4, 5, (rows,)),)
+            for grad, activation in ((True, "none"), (False, "relu"))
+        ],
     }
 
 

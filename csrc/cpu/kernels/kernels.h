@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../../core/dtype.h"
+#include "linear.h"
 
 namespace nms {
 
@@ -59,6 +60,7 @@ struct Kernels {
   CompressFn compress[kNumDTypes];
   ApplyFn apply_bits[4];         // by log2 of the element size: 1, 2, 4, 8 bytes
   int64_t (*count_differing)(const uint8_t* a, const uint8_t* b, int64_t bytes);  // differing bits
+  LinearTable linear = {};  // filled by dispatch.cpp
 };
 
 // One table per instruction set; a kernel without a faster version stays the scalar one.

@@ -1,0 +1,126 @@
+// y = activation(x W^T + bias) with W in panel form (core/panel_layout.h): torch-free interface.
+//
+// Layout  The batch is cut into tiles of 1, 4, 8 or 16 rows of x. A tile of x is packed as
+//         [steps, rows of the tile, 16 inputs per window], so that a kernel reads one stream of x; windows that cover
+//         fewer than 16 inputs, the end of k and the tile's missing rows are filled with zeros. The packed x has the
+//         type that the kernels compute in.
+// Launch  pack_input for every tile, then multiply for every (panel block, tile); both may run in parallel. An output
+//         is summed in one order that depends on shapes and instruction set only.
+#pragma once
+
+#include <cstdint>
+
+#include "../../core/dtype.h"
+#include "../../core/panel_layout.h"
+
+namespace nms {
+
+enum class Activation : int { kNone, kRelu, kGelu, kSilu };
+
+constexpr int kMaxTileRows = 16;
+constexpr int kMaxBlockPanels = 16;
+
+// A tile's rows of x times some panels, over some steps; the sums are continued.
+struct LinearTile {
+  const void* values;       // [panels, ...]: at the first step
+  int64_t values_panel;     // bytes between panels
+  const uint32_t* indices;  // [panels, ...]: at the word of the first step's first field
+  int first_field;          // its place in that word
+  int64_t indices_panel;    // words between panels
+  const void* x;            // [steps, tile rows, inputs of a step]
+  int64_t steps;            // a multiple of the layout's unroll
+  void* sums;               // [panels, tile rows, 16] float; double for float64
+  const PanelLayout* layout;
+};
+using LinearTileFn = void (*)(const LinearTile&);
+
+struct LinearTileKernel {
+  LinearTileFn run;
+  int panels;  // how many it takes at once
+};
+
+// Rows of x to a packed tile; see above.
+struct PackInput {
+  const void* x;         // [rows, k]
+  int64_t x_row, x_k;    // strides in elements
+  int64_t rows, k;       // rows <= tile_rows
+  int tile_rows;
+  int64_t first_step, last_step;  // the part to pack
+  void* packed;          // the tile
+  const PanelLayout* layout;
+};
+using PackInputFn = void (*)(const PackInput&);
+
+// Sums of one panel to rows of y.
+struct StoreSums {
+  const void* sums;  // [tile rows, 16]
+  const void* bias;  // at the panel's first row; or null
+  void* y;           // [rows, y_row], at the panel's first output
+  int64_t y_row;     // elements
+  int64_t rows;      // of the tile
+  int outputs;       // <= 16
+  Activation activation;
+};
+using StoreSumsFn = void (*)(const StoreSums&);
+
+// Everything that an instruction set brings for one element type.
+struct LinearKernels {
+  int input_bytes;  // of an element of packed x
+  int (*max_tile_rows)(const PanelLayout& layout);
+  // The kernel for tiles of exactly `tile_rows` rows (1, 4, 8 or 16) that takes most panels, but at most `panels`.
+  LinearTileKernel (*tile)(const PanelLayout& layout, int tile_rows, int64_t panels);
+  PackInputFn pack_input;
+  StoreSumsFn store;
+};
+
+// By DType; those that are not computed with (int8, float8) have null entries.
+struct LinearTable {
+  LinearKernels of[kNumDTypes] = {};
+};
+LinearTable scalar_linear();
+void use_avx2_linear(LinearTable& table);  // x86-64 only: replaces what is faster
+void use_avx512_linear(LinearTable& table);
+void use_avx512_bf16_linear(LinearTable& table);
+
+// The whole product, as its parts see it.
+struct LinearProblem {
+  const LinearKernels* kernels;
+  PanelLayout layout;
+  const void* values;
+  const uint32_t* indices;
+  int64_t rows, panels;    // outputs
+  int64_t batch;
+  const void* packed_x;
+  const void* bias;        // [rows] or null
+  void* y;                 // [batch, rows]
+  int element_size;        // of values, bias and y
+  Activation activation;
+  int64_t block_panels;    // panels of a block
+  int64_t block_steps;     // steps after which the next panel's turn comes: that much of x stays in the first cache
+};
+
+// Cuts a batch into tiles.
+class BatchTiles {
+ public:
+  BatchTiles(int64_t batch, int max_tile_rows);
+
+  int64_t count() const { return count_; }
+  int64_t first_row(int64_t tile) const { return tile * max_rows_; }
+  int64_t rows(int64_t tile) const { return tile + 1 < count_ ? max_rows_ : batch_ - first_row(tile); }
+  int tile_rows(int64_t tile) const { return tile + 1 < count_ ? max_rows_ : last_tile_rows_; }  // with filling
+
+ private:
+  int64_t batch_, count_;
+  int max_rows_, last_tile_rows_;
+};
+
+int64_t packed_row_bytes(const LinearKernels& kernels, const PanelLayout& layout);  // of x, per row of a tile
+
+// Sizes of blocks for a batch; `threads` only decides how much work one block is.
+void choose_blocks(LinearProblem& problem, int64_t threads);
+int64_t block_count(const LinearProblem& problem);
+
+// One block of panels times one tile; index in [0, block_count).
+void multiply_block(const LinearProblem& problem, int64_t index);
+
+}  // namespace nms

@@ -1,0 +1,49 @@
+// The packed product with AVX-512F. linear_avx512_bf16.cpp has the bfloat16 kernels of newer processors.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "../../core/convert.h"
+#include "../../core/dtype.h"
+#include "kernels.h"
+#include "linear.h"
+#include "target_region.h"
+
+// GCC 12's own intrinsics leave don't-care operands uninitialised, and warn about it (GCC bug 105593).
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+NMS_TARGET_REGION("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+namespace nms {
+namespace {
+
+#include "linear_rows.h"
+
+#include "linear_avx512.h"
+
+#include "linear_tile.h"
+
+#include "linear_table.h"
+
+}  // namespace
+
+void use_avx512_linear(LinearTable& table) {
+  table.of[static_cast<int>(DType::kFloat32)] = linear_kernels<DType::kFloat32, Float32, float>();
+  table.of[static_cast<int>(DType::kFloat16)] = linear_kernels<DType::kFloat16, Float16, float>();
+  table.of[static_cast<int>(DType::kBFloat16)] = linear_kernels<DType::kBFloat16, BFloat16, float>();
+}
+
+}  // namespace nms
+
+NMS_TARGET_REGION_END
+
+#endif

@@ -1,0 +1,177 @@
+// The inner loop of the packed product, for any vector type.
+//
+// What    sums[panel][row] += value of the slot * x[row] at the lane's place, for all slots of all steps.
+// Layout  core/panel_layout.h; x is packed [steps, rows, inputs of a step].
+// Launch  Tile<Format, Slots, kRows, kPanels>::run. A Format says how values, indices and x become vectors; Slots says
+//         which pattern. Per group of slots, values and indices wait in registers while all rows of x pass by; sums
+//         stay in registers for the whole call.
+// Note    Included inside a target region, after a header with Formats.
+#pragma once
+
+// Fields of 4 bits: the place in the window. kM only matters to vectors shorter than a window (see Format::index);
+// m = 16 stands for any m that has no entry of its own.
+template <int kSlotCount, int kGroupSize>
+struct WindowFields {
+  static constexpr int kSlots = kSlotCount;
+  static constexpr int kM = kGroupSize;
+  static constexpr int kBits = 4;
+  static constexpr int group_start(int slot) { return slot / (kSlots * kM / kWindowInputs) * kM; }
+};
+
+// Fields of 2 bits: the place in the group.
+template <int kN, int kGroupSize>
+struct GroupFields {
+  static constexpr int kSlots = kWindowInputs / kGroupSize * kN;
+  static constexpr int kM = kGroupSize;
+  static constexpr int kBits = 2;
+  static constexpr int group_start(int slot) { return slot / kN * kM; }
+};
+
+template <class Format, class Slots, int kRows, int kPanels>
+struct Tile {
+  static constexpr int kSlots = Slots::kSlots;
+  static constexpr int kFields = 32 / Format::kHalves / Slots::kBits;
+  static constexpr int kSteps = kFields >= kSlots ? kFields / kSlots : 1;  // per turn of the loop
+  static constexpr int kWords = kFields >= kSlots ? 1 : kSlots / kFields;
+  static_assert(kFields % kSlots == 0 || kSlots % kFields == 0);
+
+  // Slots whose values and indices are held at once: x is read once for all of them.
+  static constexpr int kGroup = kSlots < Format::kSlotGroup ? kSlots : Format::kSlotGroup;
+  // A sum must wait for its previous addition; few rows need several sums each to keep the multipliers busy.
+  static constexpr int kChains = kRows * kPanels >= 4 ? 1 : 4 / (kRows * kPanels);
+  static constexpr int kStepValueBytes = kSlots * Format::kValueBytes;
+  // The value stream comes from far away, and its prefetcher in hardware does not run far enough ahead.
+  static constexpr int kPrefetchBytes = kRows == 1 ? 0 : 3072;
+
+  using Vec = typename Format::Vec;
+
+  static void run(const LinearTile& t) {
+    Vec sums[kPanels][kRows][kChains];
+    NMS_UNROLL
+    for (int p = 0; p < kPanels; ++p) {
+      NMS_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        sums[p][r][0] = Format::load_sums(t.sums, p * kRows + r);
+        NMS_UNROLL
+        for (int c = 1; c < kChains; ++c) sums[p][r][c] = Format::zero();
+      }
+    }
+
+    const uint8_t* values = static_cast<const uint8_t*>(t.values);
+    const uint32_t* indices = t.indices;
+    const uint8_t* x = static_cast<const uint8_t*>(t.x);
+    for (int64_t step = 0; step < t.steps; step += kSteps) {
+      typename Format::Words words[kPanels][kWords];
+      NMS_UNROLL
+      for (int p = 0; p < kPanels; ++p) {
+        NMS_UNROLL
+        for (int i = 0; i < kWords; ++i)
+          words[p][i] = Format::words(indices + p * t.indices_panel + i * kPanelRows);
+      }
+      steps_of_words(std::make_integer_sequence<int, kSteps * kSlots / kGroup>{}, words, values, t.values_panel, x,
+                     sums);
+      values += kSteps * kStepValueBytes;
+      indices += kWords * kPanelRows;
+      x += kSteps * kRows * Format::kInputBytes;
+    }
+
+    NMS_UNROLL
+    for (int p = 0; p < kPanels; ++p) {
+      NMS_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        NMS_UNROLL
+        for (int c = 1; c < kChains; ++c) sums[p][r][0] = Format::add(sums[p][r][0], sums[p][r][c]);
+        Format::store_sums(t.sums, p * kRows + r, sums[p][r][0]);
+      }
+    }
+  }
+
+ private:
+  using Sums = Vec[kPanels][kRows][kChains];
+  using WordTable = typename Format::Words[kPanels][kWords];
+
+  // One after the other, every group of slots with its number as a constant: shifts must be immediates.
+  template <int... kGroups>
+  static NMS_INLINE void steps_of_words(std::integer_sequence<int, kGroups...>, const WordTable& words,
+                                        const uint8_t*& values, int64_t values_panel, const uint8_t* x, Sums& sums) {
+    (slot_group<kGroups * kGroup>(std::make_integer_sequence<int, kGroup>{}, words, values, values_panel, x, sums), ...);
+  }
+
+  // Slots kFirst, ..., kFirst + kGroup - 1, counted from the start of the words; all in one step.
+  template <int kFirst, int... kOffsets>
+  static NMS_INLINE void slot_group(std::integer_sequence<int, kOffsets...>, const WordTable& words,
+                                    const uint8_t*& values, int64_t values_panel, const uint8_t* x, Sums& sums) {
+    typename Format::Value value[kPanels][kGroup];
+    typename Format::Index index[kPanels][kGroup];
+    NMS_UNROLL
+    for (int p = 0; p < kPanels; ++p) {
+      ((value[p][kOffsets] = Format::value(values + p * values_panel + (kFirst + kOffsets) * Format::kValueBytes),
+        index[p][kOffsets] = index_of<kFirst + kOffsets>(words[p])),
+       ...);
+    }
+    const uint8_t* window = x + kFirst / kSlots * kRows * Format::kInputBytes;
+    NMS_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const typename Format::Input input = Format::input(window + r * Format::kInputBytes);
+      if (r < kGroup * kPanels && kPrefetchBytes > 0)
+        prefetch(values + r % kPanels * values_panel + (kFirst + r / kPanels) * Format::kValueBytes, kPrefetchBytes);
+      NMS_UNROLL
+      for (int p = 0; p < kPanels; ++p)
+        (add_product<kFirst + kOffsets>(value[p][kOffsets], index[p][kOffsets], input,
+                                        sums[p][r][(kFirst + kOffsets) % kChains]),
+         ...);
+      // One row after the other: compilers load all rows first otherwise, and run out of registers.
+      Format::then(sums[kPanels - 1][r][(kFirst + kGroup - 1) % kChains], window, values);
+    }
+  }
+
+  template <int kSlot>
+  static NMS_INLINE typename Format::Index index_of(const typename Format::Words (&words)[kWords]) {
+    return Format::template index<Slots, kSlot % kSlots, kSlot % kFields * Slots::kBits>(words[kSlot / kFields]);
+  }
+
+  template <int kSlot>
+  static NMS_INLINE void add_product(const typename Format::Value& value, const typename Format::Index& index,
+                                     const typename Format::Input& input, Vec& sum) {
+    sum = Format::template multiply_add<Slots, kSlot % kSlots>(value, index, input, sum);
+  }
+};
+
+// The same for any number of slots, known only at run time; fields of 4 bits.
+template <class Format, int kRows>
+struct AnyTile {
+  using Slots = WindowFields<0, kWindowInputs>;
+  static constexpr int kFields = 32 / Format::kHalves / Slots::kBits;
+  using Vec = typename Format::Vec;
+
+  static void run(const LinearTile& t) {
+    Vec sums[kRows];
+    NMS_UNROLL
+    for (int r = 0; r < kRows; ++r) sums[r] = Format::load_sums(t.sums, r);
+    const uint8_t* values = static_cast<const uint8_t*>(t.values);
+    const uint8_t* x = static_cast<const uint8_t*>(t.x);
+    const int slots = t.layout->slots;
+    // Blocks begin at any step, and words need not end with one: t.indices is the word of the first slot, and
+    // t.first_field that slot's place in it.
+    const uint32_t* indices = t.indices;
+    int field = t.first_field;
+    for (int64_t step = 0; step < t.steps; ++step) {
+      for (int slot = 0; slot < slots; ++slot) {
+        const typename Format::Index index = Format::any_index(Format::words(indices), field * Slots::kBits);
+        const typename Format::Value value = Format::value(values);
+        NMS_UNROLL
+        for (int r = 0; r < kRows; ++r)
+          sums[r] = Format::template multiply_add<Slots, 0>(value, index, Format::input(x + r * Format::kInputBytes),
+                                                            sums[r]);
+        values += Format::kValueBytes;
+        if (++field == kFields) {
+          field = 0;
+          indices += kPanelRows;
+        }
+      }
+      x += kRows * Format::kInputBytes;
+    }
+    NMS_UNROLL
+    for (int r = 0; r < kRows; ++r) Format::store_sums(t.sums, r, sums[r]);
+  }
+};

@@ -1,0 +1,258 @@
+// panel_pack, panel_unpack, panel_linear: the packed product of linear layers.
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "../core/packed.h"
+#include "../torch_utils.h"
+#include "kernels/kernels.h"
+#include "kernels/linear.h"
+#include "kernels/linear_pack.h"
+
+namespace nms {
+namespace {
+
+// A thread is worth waking for about this many multiply-adds of vectors: a few microseconds.
+constexpr int64_t kThreadWork = 16384;
+
+void check_panel_pattern(int64_t n, int64_t m) {
+  NMS_CHECK(1 <= n && n <= m && m <= kMaxPanelM, "pattern n:m must satisfy 1 <= n <= m <= ", kMaxPanelM, ", got ", n,
+            ":", m);
+}
+
+DType panel_dtype_of(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  NMS_CHECK(type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                type == ScalarType::Half,
+            name, " must be float64, float32, bfloat16 or float16");
+  return dtype_of(t, name);
+}
+
+PanelLayout layout_of(const Tensor& values, int64_t n, int64_t m, int64_t k) {
+  return panel_layout(static_cast<int>(n), static_cast<int>(m), k, values.scalar_type() == ScalarType::BFloat16);
+}
+
+std::vector<int64_t> value_sizes(const PanelLayout& layout, int64_t rows) {
+  std::vector<int64_t> sizes{panel_count(rows), layout.steps, layout.slots, kPanelRows};
+  if (layout.halves > 1) sizes.push_back(layout.halves);
+  return sizes;
+}
+
+std::vector<int64_t> index_sizes(const PanelLayout& layout, int64_t rows) {
+  return {panel_count(rows), layout.words, kPanelRows};
+}
+
+void check_panels(const Tensor& value_panels, const Tensor& index_panels, int64_t n, int64_t m, int64_t rows,
+                  int64_t k) {
+  check_panel_pattern(n, m);
+  NMS_CHECK(rows >= 0 && k >= 0, "rows and k must not be negative, got ", rows, " and ", k);
+  panel_dtype_of(value_panels, "value_panels");
+  const PanelLayout layout = layout_of(value_panels, n, m, k);
+  NMS_CHECK(value_panels.is_contiguous() && sizes_of(value_panels) == value_sizes(layout, rows),
+            "value_panels must be contiguous, of the shape that panel_pack gives for ", rows, " rows of ", k, " in ", n,
+            ":", m);
+  NMS_CHECK(index_panels.scalar_type() == ScalarType::Int && index_panels.is_contiguous() &&
+                sizes_of(index_panels) == index_sizes(layout, rows),
+            "index_panels must be contiguous int32, of the shape that panel_pack gives for ", rows, " rows of ", k,
+            " in ", n, ":", m);
+  check_same_device(value_panels, index_panels, "value_panels and index_panels");
+}
+
+PanelForm form_of(const Tensor& value_panels, const Tensor& index_panels, int64_t n, int64_t m, int64_t rows,
+                  int64_t k) {
+  PanelForm form;
+  form.values = value_panels.mutable_data_ptr();
+  form.indices = static_cast<uint32_t*>(index_panels.mutable_data_ptr());
+  form.element_size = static_cast<int>(value_panels.element_size());
+  form.rows = rows;
+  form.k = k;
+  form.layout = layout_of(value_panels, n, m, k);
+  return form;
+}
+
+// ---- panel_pack, panel_unpack ----
+
+std::tuple<Tensor, Tensor> panel_pack_cpu(const Tensor& values, const Tensor& indices, int64_t n, int64_t m,
+                                          int64_t k) {
+  check_panel_pattern(n, m);
+  NMS_CHECK(k >= 0, "k must not be negative, got ", k);
+  panel_dtype_of(values, "values");
+  const int64_t groups = ceil_div(k, m);
+  const PackedFormat format = packed_format(static_cast<int>(n), static_cast<int>(m));
+  NMS_CHECK(values.dim() == 2 && values.is_contiguous() && values.size(1) == groups * n,
+            "values must be contiguous [rows, ", groups * n, "] for ", n, ":", m, " and k = ", k);
+  const int64_t rows = values.size(0);
+  NMS_CHECK(indices.scalar_type() == ScalarType::Byte && indices.dim() == 2 && indices.is_contiguous() &&
+                indices.size(0) == rows && indices.size(1) == index_row_bytes(format, groups),
+            "indices must be contiguous uint8 [", rows, ", ", index_row_bytes(format, groups), "]");
+  check_same_device(values, indices, "values and indices");
+
+  const PanelLayout layout = layout_of(values, n, m, k);
+  Tensor value_panels = new_empty(values, value_sizes(layout, rows), values.scalar_type());
+  Tensor index_panels = new_empty(values, index_sizes(layout, rows), ScalarType::Int);
+  const PanelForm form = form_of(value_panels, index_panels, n, m, rows, k);
+  const int64_t grain = ceil_div(kThreadWork, std::max<int64_t>(1, layout.panel_values()));
+  torch::stable::parallel_for(0, panel_count(rows), grain, [&](int64_t begin, int64_t end) {
+    pack_panels(form, values.const_data_ptr(), const_bytes_of(indices), begin, end);
+  });
+  return {value_panels, index_panels};
+}
+
+Tensor panel_unpack_cpu(const Tensor& value_panels, const Tensor& index_panels, int64_t n, int64_t m, int64_t rows,
+                        int64_t k) {
+  check_panels(value_panels, index_panels, n, m, rows, k);
+  Tensor dense = new_empty(value_panels, {rows, k}, value_panels.scalar_type());
+  const PanelForm form = form_of(value_panels, index_panels, n, m, rows, k);
+  const int64_t grain = ceil_div(kThreadWork, std::max<int64_t>(1, k));
+  torch::stable::parallel_for(0, panel_count(rows), grain, [&](int64_t begin, int64_t end) {
+    unpack_panels(form, dense.mutable_data_ptr(), begin, end);
+  });
+  return dense;
+}
+
+// ---- panel_linear ----
+
+Activation activation_of(const std::string& name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "silu") return Activation::kSilu;
+  NMS_CHECK(false, "activation must be \"none\", \"relu\", \"gelu\" or \"silu\", got \"", name, "\"");
+}
+
+// x [..., k] as rows one stride apart.
+struct InputRows {
+  Tensor x;
+  int64_t row = 0, k = 1;  // strides in elements
+};
+
+InputRows input_rows(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  InputRows rows{x, last > 0 ? x.stride(last - 1) : 0, x.stride(last)};
+  for (int64_t d = last - 1; d > 0; --d) {
+    if (x.stride(d - 1) != x.stride(d) * x.size(d) && x.size(d - 1) != 1) {
+      rows.x = torch::stable::contiguous(x);
+      rows.row = x.size(last);
+      rows.k = 1;
+      break;
+    }
+  }
+  return rows;
+}
+
+// Memory for packed x: on the stack when it is small.
+class Scratch {
+ public:
+  uint8_t* get(int64_t bytes) {
+    if (bytes <= static_cast<int64_t>(sizeof(small_))) return small_;
+    large_.reset(static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})));
+    return large_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  alignas(64) uint8_t small_[16384];
+  std::unique_ptr<uint8_t, Free> large_;
+};
+
+// Packs the tiles of x in parallel, each cut into stretches of steps.
+void pack_tiles(const LinearProblem& problem, const InputRows& rows, int64_t k, uint8_t* packed) {
+  const LinearKernels& kernels = *problem.kernels;
+  const PanelLayout& layout = problem.layout;
+  const BatchTiles tiles(problem.batch, kernels.max_tile_rows(layout));
+  const int64_t element = static_cast<int64_t>(rows.x.element_size());
+  constexpr int64_t kStretch = 64;  // steps
+  const int64_t stretches = ceil_div(layout.steps, kStretch);
+  const int64_t grain = ceil_div(kThreadWork, tiles.tile_rows(0) * layout.halves * kStretch);
+  torch::stable::parallel_for(0, tiles.count() * stretches, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t tile = i / stretches, first_row = tiles.first_row(tile);
+      PackInput p;
+      p.x = const_bytes_of(rows.x) + first_row * rows.row * element;
+      p.x_row = rows.row;
+      p.x_k = rows.k;
+      p.rows = tiles.rows(tile);
+      p.k = k;
+      p.tile_rows = tiles.tile_rows(tile);
+      p.first_step = i % stretches * kStretch;
+      p.last_step = std::min(p.first_step + kStretch, layout.steps);
+      p.packed = packed + first_row * packed_row_bytes(kernels, layout);
+      p.layout = &layout;
+      kernels.pack_input(p);
+    }
+  });
+}
+
+// One row of x that lies in memory as its packed tile would.
+bool is_packed(const LinearProblem& problem, const InputRows& rows, int64_t k) {
+  return problem.batch == 1 && rows.k == 1 && problem.kernels->input_bytes == problem.element_size &&
+         problem.layout.window == kWindowInputs && problem.layout.steps * problem.layout.step_inputs() == k;
+}
+
+Tensor panel_linear_cpu(const Tensor& x, const Tensor& value_panels, const Tensor& index_panels,
+                        std::optional<Tensor> bias, int64_t n, int64_t m, int64_t rows, int64_t k,
+                        std::string activation) {
+  check_panels(value_panels, index_panels, n, m, rows, k);
+  NMS_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "the last size of x must be k = ", k);
+  NMS_CHECK(x.scalar_type() == value_panels.scalar_type(), "x must have the dtype of value_panels");
+  check_same_device(x, value_panels, "x and value_panels");
+  if (bias) {
+    NMS_CHECK(bias->dim() == 1 && bias->size(0) == rows && bias->scalar_type() == x.scalar_type(),
+              "bias must have ", rows, " elements of the dtype of x");
+    check_same_device(x, *bias, "x and bias");
+    bias = torch::stable::contiguous(*bias);
+  }
+  std::vector<int64_t> sizes = sizes_of(x);
+  sizes.back() = rows;
+  Tensor y = new_empty(x, sizes, x.scalar_type());
+  if (y.numel() == 0) return y;
+
+  const LinearTable& table = kernels().linear;
+  const DType dtype = dtype_of(x, "x");
+  const InputRows input = input_rows(x);
+  LinearProblem problem;
+  problem.kernels = &table.of[static_cast<int>(dtype)];
+  problem.layout = layout_of(value_panels, n, m, k);
+  problem.values = value_panels.const_data_ptr();
+  problem.indices = static_cast<const uint32_t*>(index_panels.const_data_ptr());
+  problem.rows = rows;
+  problem.panels = panel_count(rows);
+  problem.batch = y.numel() / rows;
+  problem.bias = bias ? bias->const_data_ptr() : nullptr;
+  problem.y = y.mutable_data_ptr();
+  problem.element_size = static_cast<int>(x.element_size());
+  problem.activation = activation_of(activation);
+  choose_blocks(problem, torch::stable::get_num_threads());
+
+  Scratch scratch;
+  if (is_packed(problem, input, k)) {
+    problem.packed_x = input.x.const_data_ptr();
+  } else {
+    const BatchTiles tiles(problem.batch, problem.kernels->max_tile_rows(problem.layout));
+    const int64_t last = tiles.count() - 1;
+    const int64_t packed_rows = tiles.first_row(last) + tiles.tile_rows(last);
+    uint8_t* packed = scratch.get(packed_rows * packed_row_bytes(*problem.kernels, problem.layout));
+    pack_tiles(problem, input, k, packed);
+    problem.packed_x = packed;
+  }
+  const int64_t blocks = block_count(problem);
+  const int64_t work = problem.panels * problem.layout.steps * problem.layout.slots * problem.batch;
+  const int64_t grain = std::max<int64_t>(1, kThreadWork * blocks / std::max<int64_t>(1, work));
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) multiply_block(problem, i);
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nmsparse, CPU, m) {
+  m.impl("panel_pack", TORCH_BOX(&panel_pack_cpu));
+  m.impl("panel_unpack", TORCH_BOX(&panel_unpack_cpu));
+  m.impl("panel_linear", TORCH_BOX(&panel_linear_cpu));
+}
+
+}  // namespace nms

@@ -1,0 +1,108 @@
+"""The panel form of packed weights, from which the CPU multiplies: a thin layer over the ops.
+
+A panel is 16 rows of the weight, one per vector lane; ``csrc/core/panel_layout.h`` draws it. The form is the
+same for every instruction set, takes about the packed form's memory, and is derived from it, never saved.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _ops  # noqa: F401  (registers torch.ops.nmsparse)
+from ._panel_layout import MAX_PANEL_M
+from .pattern import Pattern
+
+__all__ = ["Activation", "Panels", "panel_linear", "panel_pack", "panel_unpack", "why_no_panels"]
+
+Activation = Literal["none", "relu", "gelu", "silu"]
+
+#: Element types with fast kernels. float64 has panels too, but its kernels are for tests.
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_nms = torch.ops.nmsparse
+
+
+class Panels(NamedTuple):
+    """A weight ``[rows, k]`` in panel form.
+
+    Attributes:
+        values: ``[panels, steps, slots, 16]``, bfloat16 ``[panels, steps, slots, 16, 2]``.
+        indices: int32 ``[panels, words, 16]``.
+    """
+
+    values: Tensor
+    indices: Tensor
+
+
+def why_no_panels(pattern: Pattern, dtype: torch.dtype) -> str | None:
+    """Why weights of this pattern and dtype have no fast kernels, or ``None`` if they have."""
+    if pattern.m > MAX_PANEL_M:
+        return f"panels hold patterns with m <= {MAX_PANEL_M}, not {pattern}"
+    if dtype not in FAST_DTYPES:
+        return f"panels of {dtype} have no fast kernels"
+    return None
+
+
+def panel_pack(values: Tensor, indices: Tensor, pattern: Pattern, *, k: int) -> Panels:
+    """Lays a packed weight out in panels.
+
+    Args:
+        values: ``[rows, groups * n]``.
+        indices: uint8 ``[rows, bytes]``.
+        pattern: Its pattern, ``m <= 16``.
+        k: Inputs of a row.
+
+    Returns:
+        New tensors.
+    """
+    return Panels(*_nms.panel_pack(values.contiguous(), indices.contiguous(), pattern.n, pattern.m, k))
+
+
+def panel_unpack(panels: Panels, pattern: Pattern, *, rows: int, k: int) -> Tensor:
+    """The dense weight ``[rows, k]``."""
+    return _nms.panel_unpack(panels.values, panels.indices, pattern.n, pattern.m, rows, k)
+
+
+def panel_linear(
+    x: Tensor,
+    panels: Panels,
+    bias: Tensor | None,
+    pattern: Pattern,
+    *,
+    rows: int,
+    k: int,
+    activation: Activation = "none",
+) -> Tensor:
+    """Multiplies with a weight in panel form; differentiable in ``x`` and ``bias``.
+
+    Equivalent to ``activation(F.linear(x, panel_unpack(panels, ...), bias))``, except that sums are taken in
+    float32 and rounded once, and that what meets a pruned weight does not count, not even infinity.
+
+    Args:
+        x: ``[..., k]``, any strides, of the panels' dtype.
+        panels: The weight ``[rows, k]``.
+        bias: ``[rows]``, of the same dtype.
+        pattern: The weight's pattern.
+        rows: Outputs.
+        k: Inputs.
+        activation: Applied to the sums. With gradients, the sums are taken once more in the backward pass.
+
+    Returns:
+        ``[..., rows]``, contiguous.
+    """
+    arguments = (x, panels.values, panels.indices, bias, pattern.n, pattern.m, rows, k, activation)
+    if _wants_autograd(x, bias):
+        return _nms.panel_linear(*arguments)
+    # A small layer takes about as long as the Python kernel in which autograd would find out the same.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _nms.panel_linear(*arguments)
+
+
+def _wants_autograd(x: Tensor, bias: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
