@@ -60,15 +60,16 @@ struct Element<DType::kInt8> {
   using Key = int16_t;  // |-128| = 128 needs more than int8_t
 };
 
-template <DType D>
-NMS_HD typename Element<D>::Key magnitude_key(typename Element<D>::Bits bits) {
-  using Key = typename Element<D>::Key;
+// As: a wider type than Key spares a GPU, whose registers have 32 bits, the narrowing.
+template <DType D, class As = typename Element<D>::Key>
+NMS_HD As magnitude_key(typename Element<D>::Bits bits) {
   if constexpr (D == DType::kInt8) {
     const int value = static_cast<int8_t>(bits);
-    return static_cast<Key>(value < 0 ? -value : value);
+    return static_cast<As>(value < 0 ? -value : value);
   } else {
-    const Key key = static_cast<Key>(bits & Element<D>::kMagnitude);
-    return key < Element<D>::kNaN ? key : Element<D>::kNaN;
+    const As key = static_cast<As>(bits & Element<D>::kMagnitude);
+    const As nan = Element<D>::kNaN;
+    return key < nan ? key : nan;
   }
 }
 

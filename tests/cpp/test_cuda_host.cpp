@@ -138,12 +138,16 @@ void test_slots() {
   }
 }
 
-template <int M>
-void test_threshold() {
-  for (int trial = 0; trial < 3000; ++trial) {
-    int keys[M];
-    for (int& key : keys) key = static_cast<int>(random_int(0, trial % 2 ? 3 : 1000));
-    for (int n = 1; n <= M; ++n) CHECK_EQ(select_by_threshold<M>(keys, n), select_group(keys, M, n));
+template <DType D, int M>
+void test_fixed() {
+  for (int trial = 0; trial < 1500; ++trial) {
+    RegisterKey<D> keys[M];
+    for (auto& key : keys) {
+      const auto bits = static_cast<BitsOf<D>>(rng() & (trial % 2 ? 3 : ~uint64_t{0}));
+      key = magnitude_key<D, RegisterKey<D>>(bits);
+      CHECK_EQ(key, static_cast<RegisterKey<D>>(magnitude_key<D>(bits)));
+    }
+    for (int n = 1; n <= M; ++n) CHECK_EQ(select_fixed<D>(keys, n), select_group(keys, M, n));
   }
 }
 
@@ -166,11 +170,18 @@ void test_masked() {
 int main() {
   test_divisor();
   test_slots();
-  test_threshold<2>();
-  test_threshold<4>();
-  test_threshold<8>();
-  test_threshold<16>();
-  test_threshold<32>();
+  const auto test_all_fixed = [](auto m) {
+    test_fixed<DType::kFloat64, m>();
+    test_fixed<DType::kFloat32, m>();
+    test_fixed<DType::kBFloat16, m>();
+    test_fixed<DType::kInt8, m>();
+    test_fixed<DType::kFloat8E4M3, m>();
+  };
+  test_all_fixed(std::integral_constant<int, 2>{});
+  test_all_fixed(std::integral_constant<int, 4>{});
+  test_all_fixed(std::integral_constant<int, 8>{});
+  test_all_fixed(std::integral_constant<int, 16>{});
+  test_all_fixed(std::integral_constant<int, 32>{});
   test_masked<uint8_t>();
   test_masked<uint16_t>();
   test_masked<uint32_t>();

@@ -108,7 +108,7 @@ struct ApplyStaged {
 
   NMS_HD void work(const Tile& tile, Chunk* shared, int thread) const {
     constexpr int kPerChunk = kChunkElements<Bits>;
-    const SharedTile<Bits> to(shared);
+    const SharedTile<Bits> to(tiles, shared);
     const int units = unit_count(tile, kUnit);
     for (int u = thread; u < units; u += kStagedThreads) {
       const Unit at = unit_at(tiles, tile, kUnit, u);
@@ -121,8 +121,9 @@ struct ApplyStaged {
           chunk = masked<Bits>(chunk, mask >> (c * kPerChunk));
         }
       } else {
+        Bits* const elements = to.elements() + at.first;
         for (int i = 0; i < at.len; ++i)
-          if (!(mask >> i & 1)) to.element(at.first + i * tiles.pitch) = 0;
+          if (!(mask >> i & 1)) elements[i * tiles.pitch] = 0;
       }
     }
   }

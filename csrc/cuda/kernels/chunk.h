@@ -9,8 +9,10 @@
 // Loops over register arrays must be unrolled: an index known only at run time moves the array to slow local memory.
 #if defined(__CUDACC__)
 #define NMS_UNROLL _Pragma("unroll")
+#define NMS_KEEP_LOOP _Pragma("unroll 1")  // rare work: not worth registers
 #else
 #define NMS_UNROLL
+#define NMS_KEEP_LOOP
 #endif
 
 namespace nms {
@@ -25,7 +27,9 @@ struct [[gnu::may_alias]] alignas(kChunkBytes) Chunk {
 template <class Bits>
 constexpr int kChunkElements = kChunkBytes / static_cast<int>(sizeof(Bits));
 
-NMS_HD bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+NMS_HD bool is_aligned(const void* pointer, int bytes /* a power of two */) {
+  return (reinterpret_cast<uintptr_t>(pointer) & (bytes - 1u)) == 0;
+}
 
 // The i-th element of consecutive chunks. `i` must be known at compile time, after unrolling.
 template <class Bits>
@@ -120,6 +124,7 @@ NMS_HD void store_bytes(uint8_t* pointer, uint64_t word, int bytes) {
   if ((bytes & (bytes - 1)) == 0 && is_aligned(pointer, bytes)) {
     store_word(pointer, word, bytes);
   } else {
+    NMS_KEEP_LOOP
     for (int i = 0; i < bytes; ++i) pointer[i] = static_cast<uint8_t>(word >> (8 * i));
   }
 }

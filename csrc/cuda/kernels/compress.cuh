@@ -99,7 +99,7 @@ struct CompressStaged {
   PackedFormat format;
   int unit;
 
-  static constexpr int kMinBlocks = min_blocks<D>(M);
+  static constexpr int kMinBlocks = min_blocks<D>(M) - 1;  // the writers need registers too
 
   static int unit_for(PackedFormat format) {
     const int whole = whole_byte_groups(format) * format.m;
@@ -115,11 +115,11 @@ struct CompressStaged {
   NMS_HD void copy_out(const Tile&, Chunk*, int) const {}
 
   NMS_HD void work(const Tile& tile, Chunk* shared, int thread) const {
-    const SharedTile<Bits> from(shared);
+    const SharedTile<Bits> from(tiles, shared);
     const int units = unit_count(tile, unit);
     for (int u = thread; u < units; u += kStagedThreads) {
       const Unit at = unit_at(tiles, tile, unit, u);
-      const int64_t group = (tile.first_k + at.k) / format.m;
+      const int64_t group = (tile.first_k + at.k) / (M == 0 ? format.m : M);
       Bits* values = out.values + at.row * out.values_row + group * format.n;
       uint8_t* indices = out.indices + at.row * out.indices_row + group * format.group_bits / 8;
       if constexpr (M == 0)
@@ -175,7 +175,7 @@ struct CompressStrided {
 
   NMS_HD void operator()(int64_t thread) const {
     const Spans::At at = spans.at(thread);
-    const int64_t group = at.first_k / format.m;
+    const int64_t group = at.index * (static_cast<int>(spans.span) / format.m);
     compress_span<D>(View{src + at.a, spans.layout.a_k}, static_cast<int>(at.len), format,
                      out.values + at.row * out.values_row + group * format.n,
                      out.indices + at.row * out.indices_row + group * format.group_bits / 8);

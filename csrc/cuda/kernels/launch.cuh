@@ -1,6 +1,7 @@
 // How kernels are started: grids, and the one kernel that runs a functor over an index range.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../../core/hd.h"
@@ -11,11 +12,7 @@
 
 namespace nms {
 
-// Kernels loop over what their grid leaves, so a grid need not be larger than this to keep any GPU busy.
-constexpr int64_t kMaxBlocks = 1 << 20;
 constexpr int kMapThreads = 256;
-
-inline unsigned grid_size(int64_t blocks) { return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks); }
 
 // Blocks that share a multiprocessor, at least: the compiler gives each thread the registers that this leaves.
 template <class Body>
@@ -36,34 +33,34 @@ __global__ void __launch_bounds__(kMapThreads, map_blocks<Body>()) map_kernel(co
 
 template <class Body>
 void launch_map(const Body& body, cudaStream_t stream) {
-  const int64_t count = body.count();
-  if (count > 0) map_kernel<<<grid_size((count + kMapThreads - 1) / kMapThreads), kMapThreads, 0, stream>>>(body);
+  constexpr int64_t kMaxGrid = 1 << 20;  // keeps any GPU busy; its threads loop over what it leaves
+  const int64_t blocks = divide_up(body.count(), kMapThreads);
+  if (blocks > 0) map_kernel<<<static_cast<unsigned>(std::min(blocks, kMaxGrid)), kMapThreads, 0, stream>>>(body);
 }
 
-// One tile after the other: copy in, work, copy out. Body: see SelectStaged.
+// A block a tile: copy in, work, copy out. Body: see SelectStaged.
 template <class Body>
-__global__ void __launch_bounds__(kStagedThreads, Body::kMinBlocks) staged_kernel(const __grid_constant__ Body body) {
+__global__ void __launch_bounds__(kStagedThreads, Body::kMinBlocks)
+    staged_kernel(const __grid_constant__ Body body, int64_t first_tile) {
   __shared__ Chunk shared[kTileChunks];
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t count = body.count();
-  for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
-    const Tile tile = tile_at(body.tiles, i);
-    body.copy_in(tile, shared, thread);
-    wait_for_copies();
+  const Tile tile = tile_at(body.tiles, first_tile + blockIdx.x);
+  body.copy_in(tile, shared, thread);
+  wait_for_copies();
+  __syncthreads();
+  body.work(tile, shared, thread);
+  if (body.writes_tile()) {
     __syncthreads();
-    body.work(tile, shared, thread);
-    __syncthreads();
-    if (body.writes_tile()) {
-      body.copy_out(tile, shared, thread);
-      __syncthreads();  // before the next tile comes in
-    }
+    body.copy_out(tile, shared, thread);
   }
 }
 
 template <class Body>
 void launch_staged(const Body& body, cudaStream_t stream) {
+  constexpr int64_t kMaxGrid = 0x7FFFFFFF;  // what the hardware takes: terabytes
   const int64_t count = body.count();
-  if (count > 0) staged_kernel<<<grid_size(count), kStagedThreads, 0, stream>>>(body);
+  for (int64_t first = 0; first < count; first += kMaxGrid)
+    staged_kernel<<<static_cast<unsigned>(std::min(count - first, kMaxGrid)), kStagedThreads, 0, stream>>>(body, first);
 }
 
 }  // namespace nms

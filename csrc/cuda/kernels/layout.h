@@ -47,8 +47,15 @@ class Divisor {
   int shift_ = 0;
 };
 
-NMS_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-NMS_HD int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+// Of two int32 the result is int32 too, which a GPU divides much faster.
+template <class A, class B>
+NMS_HD auto divide_up(A a, B b) {
+  return (a + b - 1) / b;
+}
+template <class A, class B>
+NMS_HD auto round_up(A a, B b) {
+  return divide_up(a, b) * b;
+}
 
 // Element offsets within the first tensor (a) and, where there is one, the second (b); and the row's number.
 struct RowAt {

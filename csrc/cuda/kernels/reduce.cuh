@@ -139,9 +139,8 @@ void launch_reduce(const Body& body, int64_t* answer, cudaStream_t stream) {
   cudaMemsetAsync(answer, How::kStart, sizeof(*answer), stream);
   const int64_t blocks = divide_up(body.count(), kMapThreads);
   if (blocks > 0)
-    reduce_kernel<How>
-        <<<static_cast<unsigned>(blocks < kReduceBlocks ? blocks : kReduceBlocks), kMapThreads, 0, stream>>>(
-            body, reinterpret_cast<uint64_t*>(answer));
+    reduce_kernel<How><<<static_cast<unsigned>(std::min(blocks, kReduceBlocks)), kMapThreads, 0, stream>>>(
+        body, reinterpret_cast<uint64_t*>(answer));
 }
 
 #endif  // defined(__CUDACC__)

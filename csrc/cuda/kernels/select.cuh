@@ -21,10 +21,6 @@ namespace nms {
 template <DType D>
 using BitsOf = typename Element<D>::Bits;
 
-// Keys as registers hold them.
-template <DType D>
-using RegisterKey = std::conditional_t<sizeof(BitsOf<D>) == 8, int64_t, int>;
-
 // What a thread holds at once for a fixed M: whole groups and whole chunks.
 template <DType D, int M>
 struct Cell {
@@ -37,17 +33,18 @@ struct Cell {
 
   NMS_HD BitsOf<D> operator[](int i) const { return chunk_element<BitsOf<D>>(chunks, i); }
 
+  NMS_HD void gather(const BitsOf<D>* elements, int pitch) {
+    NMS_UNROLL
+    for (int c = 0; c < kChunks; ++c) chunks[c] = Chunk{};
+    NMS_UNROLL
+    for (int i = 0; i < kElements; ++i) set_chunk_element(chunks, i, elements[i * pitch]);
+  }
+
   // `first` is the number of an element in shared memory, the next ones are `pitch` apart.
   NMS_HD void load(const SharedTile<BitsOf<D>>& tile, int first, int pitch) {
-    if (pitch == 1) {
-      NMS_UNROLL
-      for (int c = 0; c < kChunks; ++c) chunks[c] = tile.chunk(first / kPerChunk + c);
-    } else {
-      NMS_UNROLL
-      for (int c = 0; c < kChunks; ++c) chunks[c] = Chunk{};
-      NMS_UNROLL
-      for (int i = 0; i < kElements; ++i) set_chunk_element(chunks, i, tile.element(first + i * pitch));
-    }
+    if (pitch != 1) return gather(tile.elements() + first, pitch);
+    NMS_UNROLL
+    for (int c = 0; c < kChunks; ++c) chunks[c] = tile.chunk(first / kPerChunk + c);
   }
 
   // Bit i: element i is kept.
@@ -57,10 +54,15 @@ struct Cell {
     for (int g = 0; g < kGroups; ++g) {
       RegisterKey<D> keys[M];
       NMS_UNROLL
-      for (int i = 0; i < M; ++i) keys[i] = magnitude_key<D>((*this)[g * M + i]);
-      mask |= static_cast<uint32_t>(select_fixed<M>(keys, n)) << (g * M);
+      for (int i = 0; i < M; ++i) keys[i] = magnitude_key<D, RegisterKey<D>>((*this)[g * M + i]);
+      mask |= select_fixed<D>(keys, n) << (g * M);
     }
     return mask;
+  }
+
+  NMS_HD void mask(uint32_t kept) {
+    NMS_UNROLL
+    for (int c = 0; c < kChunks; ++c) chunks[c] = masked<BitsOf<D>>(chunks[c], kept >> (c * kPerChunk));
   }
 };
 
@@ -88,8 +90,8 @@ NMS_HD void select_span(const View& view, int len, int n, int m, uint8_t* bits) 
 
 template <DType D>
 constexpr int min_blocks(int m) {
-  const int words = m * static_cast<int>(sizeof(RegisterKey<D>)) / 4;
-  return words <= 8 ? 8 : words <= 16 ? 6 : words > 32 ? 2 : sizeof(RegisterKey<D>) == 8 ? 3 : 4;
+  const int words = sizeof(BitsOf<D>) == 8 ? 2 * m : m;
+  return words <= 4 ? 8 : words <= 8 ? 7 : words <= 16 ? 6 : words > 32 ? 2 : sizeof(BitsOf<D>) == 8 ? 3 : 4;
 }
 
 template <DType D, int M>
@@ -102,7 +104,7 @@ struct SelectStaged {
   uint8_t* bits;     // may be null
   int64_t bits_row;  // bytes
   int n, m;
-  int unit;  // fixed M: kUnit; else lcm(m, 8)
+  int unit;  // unit_for(m)
 
   using Held = Cell<D, M == 0 ? 1 : M>;
   static constexpr int kUnit = M == 0 ? 0 : Held::kElements < 8 ? 8 : Held::kElements;
@@ -112,23 +114,25 @@ struct SelectStaged {
 
   NMS_HD int64_t count() const { return tiles.count(); }
   NMS_HD bool writes_tile() const { return dst != nullptr; }
+  NMS_HD int unit_size() const { return M == 0 ? unit : kUnit; }
 
   NMS_HD void copy_in(const Tile& tile, Chunk* shared, int thread) const {
-    nms::copy_in(tiles, tile, src, unit, shared, thread);
+    nms::copy_in(tiles, tile, src, unit_size(), shared, thread);
   }
   NMS_HD void copy_out(const Tile& tile, Chunk* shared, int thread) const {
     nms::copy_out(tiles, tile, dst, shared, thread);
   }
 
   NMS_HD void work(const Tile& tile, Chunk* shared, int thread) const {
-    const int units = unit_count(tile, unit);
+    if (M != 0 && tiles.pitch == 1) return work_along_row(tile, SharedTile<Bits>(tiles, shared), thread);
+    const int units = unit_count(tile, unit_size());
     for (int u = thread; u < units; u += kStagedThreads) {
-      const Unit at = unit_at(tiles, tile, unit, u);
+      const Unit at = unit_at(tiles, tile, unit_size(), u);
       uint8_t* out = bits ? bits + at.row * bits_row + (tile.first_k + at.k) / 8 : nullptr;
       if constexpr (M == 0) {
-        select_span<D>(View{SharedTile<Bits>(shared), at.first, tiles.pitch, dst != nullptr}, at.len, n, m, out);
+        select_span<D>(View{SharedTile<Bits>(tiles, shared), at.first, tiles.pitch, dst != nullptr}, at.len, n, m, out);
       } else {
-        select_unit(SharedTile<Bits>(shared), at, out);
+        select_across_rows(SharedTile<Bits>(tiles, shared).elements() + at.first, at.len, out);
       }
     }
   }
@@ -145,27 +149,54 @@ struct SelectStaged {
     }
   };
 
-  NMS_HD void select_unit(const SharedTile<Bits>& tile, const Unit& at, uint8_t* out) const {
+  // Group dim of stride 1: whole chunks, and nothing to compute but their number.
+  NMS_HD void work_along_row(const Tile& tile, const SharedTile<Bits>& shared, int thread) const {
+    constexpr int kBytes = kUnit / 8;  // of the mask
+    uint8_t* const out = bits ? bits + tile.row * bits_row + tile.first_k / 8 : nullptr;
+    const bool wide = is_aligned(out, kBytes == 0 ? 1 : kBytes);
+    for (int u = thread; u * kUnit < tile.k; u += kStagedThreads) {
+      uint32_t mask = 0;
+      NMS_UNROLL
+      for (int c = 0; c < kUnit / Held::kElements; ++c) {
+        const int chunk = (u * kUnit / Held::kElements + c) * Held::kChunks;
+        Held cell;
+        NMS_UNROLL
+        for (int i = 0; i < Held::kChunks; ++i) cell.chunks[i] = shared.chunk(chunk + i);
+        const uint32_t kept = cell.select(n);
+        mask |= kept << (c * Held::kElements);
+        if (dst == nullptr) continue;
+        cell.mask(kept);
+        NMS_UNROLL
+        for (int i = 0; i < Held::kChunks; ++i) shared.chunk(chunk + i) = cell.chunks[i];
+      }
+      if (out == nullptr) continue;
+      const int len = tile.k - u * kUnit;
+      if (wide && len >= kUnit)
+        store_word(out + u * kBytes, mask, kBytes);
+      else
+        store_bytes_of_mask(out + u * kBytes, mask, len < kUnit ? len : kUnit);
+    }
+  }
+
+  // Group dim strided: element by element, neighbouring threads in neighbouring rows.
+  NMS_HD void select_across_rows(Bits* elements, int len, uint8_t* out) const {
     uint32_t mask = 0;
     NMS_UNROLL
-    for (int c = 0; c < kUnit / Held::kElements; ++c) {
-      const int first = at.first + c * Held::kElements * tiles.pitch;
+    for (int c = 0; c < kUnit / Held::kElements; ++c, elements += Held::kElements * tiles.pitch) {
       Held cell;
-      cell.load(tile, first, tiles.pitch);
+      cell.gather(elements, tiles.pitch);
       const uint32_t kept = cell.select(n);
       mask |= kept << (c * Held::kElements);
       if (dst == nullptr) continue;
-      if (tiles.pitch == 1) {
-        NMS_UNROLL
-        for (int i = 0; i < Held::kChunks; ++i)
-          tile.chunk(first / Held::kPerChunk + i) = masked<Bits>(cell.chunks[i], kept >> (i * Held::kPerChunk));
-      } else {
-        NMS_UNROLL
-        for (int i = 0; i < Held::kElements; ++i)
-          if (!(kept >> i & 1)) tile.element(first + i * tiles.pitch) = 0;
-      }
+      NMS_UNROLL
+      for (int i = 0; i < Held::kElements; ++i)
+        if (!(kept >> i & 1)) elements[i * tiles.pitch] = 0;
     }
-    if (out) store_bytes(out, mask & low_bits(at.len), (at.len + 7) / 8);
+    if (out) store_bytes_of_mask(out, mask, len);
+  }
+
+  NMS_HD static void store_bytes_of_mask(uint8_t* out, uint32_t mask, int len) {
+    store_bytes(out, mask & low_bits(len), (len + 7) / 8);
   }
 };
 

@@ -4,7 +4,7 @@
 //           line   group dim of stride 1: inner = 1, a tile is a piece of a row
 //           flat   OIHW along I, and the like: k neighbours adjoin, a tile is one piece of k * inner elements
 //           runs   a transposed matrix, and the like: a tile is k pieces of `inner` elements
-//         In shared memory element (k, s) is number k * pitch + s, with chunks swizzled: see slot().
+//         In shared memory element (k, s) is number k * pitch + s; the chunks of a line are swizzled: see slot().
 // Launch  One block per tile, in steps with a barrier after each: copy in, work, and, where the weight is written, copy
 //         out. Each step is a plain function of the thread's number; the host tests run them one after the other.
 #pragma once
@@ -23,9 +23,14 @@ constexpr int kTileBytes =
     16384;  // 13 such blocks fit on a multiprocessor of sm_90, 9 on sm_80: enough loads in flight
 constexpr int kTileChunks = kTileBytes / kChunkBytes;
 
-// Where chunk `index` of a tile lies in shared memory. Threads read groups of 1, 2, 4 or 8 chunks, all at the same
+// Where chunk `index` of a line lies in shared memory. Threads read groups of 1, 2, 4 or 8 chunks, all at the same
 // position of their group at once; the exclusive-or spreads those over the banks. A bijection within each 8 chunks.
+// Elsewhere neighbouring threads read neighbouring elements, and chunks stay in their order.
 NMS_HD int slot(int index) { return index ^ (index >> 3 & 7); }
+
+// Elements along `inner` in a tile of runs: 256 bytes, long enough for full-speed bursts of DRAM.
+template <class Bits>
+constexpr int kRunElements = 256 / static_cast<int>(sizeof(Bits));
 
 // How a weight is cut into tiles.
 struct Tiles {
@@ -71,13 +76,14 @@ struct Piece {
   int valid;
 };
 
+template <class Bits>
 NMS_HD Piece piece_at(const Tiles& tiles, const Tile& tile, int element, int count) {
   if (tiles.adjoining) {
     const int left = tile.k * tiles.pitch - element;
     return Piece{element, element, left < 0 ? 0 : left < count ? left : count};
   }
-  const int k = element / tiles.pitch;
-  const int s = element - k * tiles.pitch;
+  const int k = element / kRunElements<Bits>;
+  const int s = element % kRunElements<Bits>;
   const int left = k < tile.k ? tile.inner - s : 0;
   return Piece{k * tiles.a_k + s, k * tiles.b_k + s, left < 0 ? 0 : left < count ? left : count};
 }
@@ -86,40 +92,63 @@ NMS_HD Piece piece_at(const Tiles& tiles, const Tile& tile, int element, int cou
 template <class Bits>
 class SharedTile {
  public:
-  NMS_HD explicit SharedTile(Chunk* chunks) : chunks_(chunks) {}
+  NMS_HD SharedTile(const Tiles& tiles, Chunk* chunks) : chunks_(chunks), swizzled_(tiles.pitch == 1) {}
 
-  NMS_HD Chunk& chunk(int index) const { return chunks_[slot(index)]; }
+  NMS_HD Chunk& chunk(int index) const { return chunks_[swizzled_ ? slot(index) : index]; }
   NMS_HD Bits& element(int index) const {
     constexpr int kElements = kChunkElements<Bits>;
-    return reinterpret_cast<Bits*>(&chunks_[slot(index / kElements)])[index % kElements];
+    return reinterpret_cast<Bits*>(&chunk(index / kElements))[index % kElements];
   }
+
+  // All elements in their order; not of a line.
+  NMS_HD Bits* elements() const { return reinterpret_cast<Bits*>(chunks_); }
 
  private:
   Chunk* chunks_;  // [kTileChunks]
+  bool swizzled_;
 };
+
+// Chunks of a tile that lie within one piece of global memory from its first element on.
+template <class Bits>
+NMS_HD int whole_chunks(const Tiles& tiles, const Tile& tile) {
+  return tiles.adjoining && tiles.aligned ? tile.k * tiles.pitch / kChunkElements<Bits> : 0;
+}
+
+constexpr int kChunksPerThread = kTileChunks / kStagedThreads;
+static_assert(kStagedThreads % 64 == 0, "a thread's chunks must all be swizzled the same way");
 
 // First step: the tile into shared memory, and zeros behind its end up to a multiple of `unit` along k. Virtual zeros
 // are what a short last group is defined to be followed by.
 template <class Bits>
 NMS_HD void copy_in(const Tiles& tiles, const Tile& tile, const Bits* src, int unit, Chunk* shared, int thread) {
-  const SharedTile<Bits> to(shared);
-  const int elements = static_cast<int>(round_up(tile.k, unit)) * tiles.pitch;
+  constexpr int kElements = kChunkElements<Bits>;
+  const SharedTile<Bits> to(tiles, shared);
+  const Bits* const from = src + tile.a;
+  const int elements = round_up(tile.k, unit) * tiles.pitch;
+  const int whole = whole_chunks<Bits>(tiles, tile);
+  const Bits* const first = from + int64_t{thread} * kElements;
+  Chunk* const first_to = &to.chunk(thread);
+  NMS_UNROLL
+  for (int i = 0; i < kChunksPerThread; ++i)
+    if (thread + i * kStagedThreads < whole)
+      copy_chunk_async(first_to + i * kStagedThreads, first + i * kStagedThreads * kElements);
   if (tiles.aligned) {
-    constexpr int kElements = kChunkElements<Bits>;
     const int chunks = (elements + kElements - 1) / kElements;
-    for (int c = thread; c < chunks; c += kStagedThreads) {
-      const Piece piece = piece_at(tiles, tile, c * kElements, kElements);
+    NMS_KEEP_LOOP
+    for (int c = whole + thread; c < chunks; c += kStagedThreads) {
+      const Piece piece = piece_at<Bits>(tiles, tile, c * kElements, kElements);
       if (piece.valid == kElements) {
-        copy_chunk_async(&to.chunk(c), src + tile.a + piece.a);
+        copy_chunk_async(&to.chunk(c), from + piece.a);
       } else {
         to.chunk(c) = Chunk{};
-        for (int i = 0; i < piece.valid; ++i) to.element(c * kElements + i) = src[tile.a + piece.a + i];
+        NMS_KEEP_LOOP
+        for (int i = 0; i < piece.valid; ++i) to.element(c * kElements + i) = from[piece.a + i];
       }
     }
   } else {
     for (int e = thread; e < elements; e += kStagedThreads) {
-      const Piece piece = piece_at(tiles, tile, e, 1);
-      to.element(e) = piece.valid ? src[tile.a + piece.a] : Bits{0};
+      const Piece piece = piece_at<Bits>(tiles, tile, e, 1);
+      to.element(e) = piece.valid ? from[piece.a] : Bits{0};
     }
   }
 }
@@ -127,24 +156,33 @@ NMS_HD void copy_in(const Tiles& tiles, const Tile& tile, const Bits* src, int u
 // Last step: the tile's own elements back to global memory.
 template <class Bits>
 NMS_HD void copy_out(const Tiles& tiles, const Tile& tile, Bits* dst, Chunk* shared, int thread) {
-  const SharedTile<Bits> from(shared);
+  constexpr int kElements = kChunkElements<Bits>;
+  const SharedTile<Bits> from(tiles, shared);
+  Bits* const to = dst + tile.b;
   const int elements = tile.k * tiles.pitch;
+  const int whole = whole_chunks<Bits>(tiles, tile);
+  Bits* const first = to + int64_t{thread} * kElements;
+  const Chunk* const first_from = &from.chunk(thread);
+  NMS_UNROLL
+  for (int i = 0; i < kChunksPerThread; ++i)
+    if (thread + i * kStagedThreads < whole)
+      store_chunk(first + i * kStagedThreads * kElements, first_from[i * kStagedThreads]);
   if (tiles.aligned) {
-    constexpr int kElements = kChunkElements<Bits>;
     const int chunks = (elements + kElements - 1) / kElements;
-    for (int c = thread; c < chunks; c += kStagedThreads) {
-      const Piece piece = piece_at(tiles, tile, c * kElements, kElements);
-      Bits* to = dst + tile.b + piece.b;
+    NMS_KEEP_LOOP
+    for (int c = whole + thread; c < chunks; c += kStagedThreads) {
+      const Piece piece = piece_at<Bits>(tiles, tile, c * kElements, kElements);
       if (piece.valid == kElements) {
-        store_chunk(to, from.chunk(c));
+        store_chunk(to + piece.b, from.chunk(c));
       } else {
-        for (int i = 0; i < piece.valid; ++i) to[i] = from.element(c * kElements + i);
+        NMS_KEEP_LOOP
+        for (int i = 0; i < piece.valid; ++i) to[piece.b + i] = from.element(c * kElements + i);
       }
     }
   } else {
     for (int e = thread; e < elements; e += kStagedThreads) {
-      const Piece piece = piece_at(tiles, tile, e, 1);
-      if (piece.valid) dst[tile.b + piece.b] = from.element(e);
+      const Piece piece = piece_at<Bits>(tiles, tile, e, 1);
+      if (piece.valid) to[piece.b] = from.element(e);
     }
   }
 }
@@ -157,7 +195,7 @@ struct Unit {
   int len;      // weights that exist
 };
 
-NMS_HD int unit_count(const Tile& tile, int unit) { return static_cast<int>(divide_up(tile.k, unit)) * tile.inner; }
+NMS_HD int unit_count(const Tile& tile, int unit) { return divide_up(tile.k, unit) * tile.inner; }
 
 NMS_HD Unit unit_at(const Tiles& tiles, const Tile& tile, int unit, int index) {
   const int number = tile.inner == 1 ? index : index / tile.inner;
@@ -176,10 +214,9 @@ template <class Bits>
 std::optional<Tiles> make_tiles(const Layout& layout, int64_t unit, const void* a, const void* b) {
   constexpr int64_t kCapacity = kTileBytes / static_cast<int64_t>(sizeof(Bits));
   constexpr int64_t kElements = kChunkElements<Bits>;
-  constexpr int64_t kRunElements = 256 / static_cast<int64_t>(sizeof(Bits));  // long enough for full-speed DRAM bursts
-  constexpr int64_t kEnoughTiles = 512;                                       // a few for each multiprocessor
-  constexpr int64_t kSmallestTile = 2048;                                     // bytes; one chunk a thread
-  constexpr int64_t kShortRow = 1024;                                         // bytes
+  constexpr int64_t kEnoughTiles = 512;    // a few for each multiprocessor
+  constexpr int64_t kSmallestTile = 2048;  // bytes; one chunk a thread
+  constexpr int64_t kShortRow = 1024;      // bytes
 
   const Rows& rows = layout.rows;
   const bool line = layout.a_k == 1 && layout.b_k == 1;
@@ -200,8 +237,7 @@ std::optional<Tiles> make_tiles(const Layout& layout, int64_t unit, const void* 
   if (tiles.adjoining) {
     tiles.tile_inner = tiles.pitch = static_cast<int>(tiles.inner);
   } else {
-    tiles.tile_inner = static_cast<int>(std::min(round_up(tiles.inner, kElements), kRunElements));
-    tiles.pitch = tiles.tile_inner;
+    tiles.tile_inner = tiles.pitch = kRunElements<Bits>;
     if (tiles.inner * static_cast<int64_t>(sizeof(Bits)) < 32 || step * tiles.pitch > kCapacity) return std::nullopt;
   }
   if (tiles.adjoining && tiles.outer.count > kEnoughTiles &&
@@ -218,11 +254,11 @@ std::optional<Tiles> make_tiles(const Layout& layout, int64_t unit, const void* 
   tiles.k_tiles = Divisor(divide_up(tiles.k, tile_k));
   tiles.inner_tiles = Divisor(inner_tiles);
 
-  const auto whole_chunks = [](int64_t elements) { return elements % kElements == 0; };
+  const auto in_chunks = [](int64_t elements) { return elements % kElements == 0; };
   tiles.aligned = is_aligned(a, kChunkBytes) && (b == nullptr || is_aligned(b, kChunkBytes));
-  if (!tiles.adjoining) tiles.aligned = tiles.aligned && whole_chunks(tiles.a_k) && whole_chunks(tiles.b_k);
+  if (!tiles.adjoining) tiles.aligned = tiles.aligned && in_chunks(tiles.a_k) && in_chunks(tiles.b_k);
   for (int d = 0; d < tiles.outer.dims; ++d)
-    tiles.aligned = tiles.aligned && whole_chunks(tiles.outer.a[d]) && whole_chunks(tiles.outer.b[d]);
+    tiles.aligned = tiles.aligned && in_chunks(tiles.outer.a[d]) && in_chunks(tiles.outer.b[d]);
   return tiles;
 }
 
