@@ -18,7 +18,7 @@ PIP_INSTALL = install -qq --disable-pip-version-check $(PIP_ARGS)
 # ninja prints whole command lines; the name of the file is enough to follow.
 SHORTEN := sed -E 's/^(\[[0-9]+\/[0-9]+\]) .* -c ([^ ]+) .*/\1 \2/'
 CSRC := $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests/cpp bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
@@ -91,11 +91,9 @@ gpu:  ## on a machine with an NVIDIA GPU, no network needed: build for it, GPU t
 	PYTHON=$(PYTHON) scripts/gpu.sh
 
 # ---- Measurements ----
-bench: build  ## the CPU benchmarks, on a quiet machine
-	@mkdir -p bench/results
+bench: build  ## the CPU benchmarks, on a quiet machine; results go to bench/results
 	@for file in $$(ls bench/bench_*.py | grep -v bench_gpu_); do \
-	    echo "$(BIN)/python $$file"; \
-	    $(BIN)/python $$file --json bench/results/$$(basename $$file .py).json || exit 1; \
+	    echo "$(BIN)/python $$file"; $(BIN)/python $$file || exit 1; \
 	done
 
 clean:  ## remove builds and environments
