@@ -116,6 +116,8 @@ void scatter(const Bits* in, int64_t count, Bits* dst, int64_t stride) {
 template <class L>
 constexpr int64_t kChunk = 2048 / sizeof(typename L::Key);
 
+constexpr int64_t kSlack = 64;
+
 // keys[0..count) of 8-bit elements; count is a multiple of kLanes.
 template <DType D>
 void widen_keys(const uint8_t* elements, int64_t count, int16_t* keys) {
@@ -128,7 +130,8 @@ void widen_keys(const uint8_t* elements, int64_t count, int16_t* keys) {
 //         `count` contiguous elements of the row from `first` on, and `mask` is theirs.
 // Layout  Whole blocks of contiguous rows are read in place. Everything else is copied first: strided rows, the rest of
 //         a row behind its last whole block, short rows (several to a chunk). Copies are padded with zeros to whole
-//         groups and whole mask bytes; zeros are what a short last group's virtual weights are.
+//         groups and whole mask bytes; zeros are what a short last group's virtual weights are. Behind copies and
+//         their masks kSlack more elements may be read.
 // Note    With `bits`, packed masks [rows, bits_row] are written too, in place for whole blocks.
 template <DType D, class Emit>
 void choose_rows(const void* src, int64_t src_row, int64_t src_k, int64_t rows, int64_t k, int n, int m, uint8_t* bits,
@@ -139,9 +142,9 @@ void choose_rows(const void* src, int64_t src_row, int64_t src_k, int64_t rows, 
   using Key = typename L::Key;
   if (k == 0) return;
   const Chooser<L> chooser = find_chooser<L>(n, m);
-  alignas(64) Bits copies[kChunk<L>] = {};
+  alignas(64) Bits copies[kChunk<L> + kSlack] = {};
   alignas(64) Key widened[K::kWidened ? kChunk<L> : 1];
-  alignas(64) uint8_t local_mask[kChunk<L> / 8];
+  alignas(64) uint8_t local_mask[kChunk<L> / 8 + kSlack / 8] = {};
 
   const auto at = [&](int64_t row, int64_t first) {
     return static_cast<const Bits*>(src) + row * src_row + first * src_k;
