@@ -88,6 +88,8 @@ NMS_HD void select_span(const View& view, int len, int n, int m, uint8_t* bits) 
   if (bits) writer.finish();
 }
 
+// Blocks that share a multiprocessor at least, which limits the registers of a thread: it holds m keys and, from m = 16
+// on, their sorted copy. Chosen so that nothing spills (scripts/cuda_registers.py).
 template <DType D>
 constexpr int min_blocks(int m) {
   const int words = sizeof(BitsOf<D>) == 8 ? 2 * m : m;
@@ -108,7 +110,6 @@ struct SelectStaged {
 
   using Held = Cell<D, M == 0 ? 1 : M>;
   static constexpr int kUnit = M == 0 ? 0 : Held::kElements < 8 ? 8 : Held::kElements;
-  // Blocks that share a multiprocessor: limits the registers, which grow with the keys that a thread holds.
   static constexpr int kMinBlocks = min_blocks<D>(M);
   static int unit_for(int m) { return M == 0 ? std::lcm(m, 8) : kUnit; }
 
@@ -124,7 +125,9 @@ struct SelectStaged {
   }
 
   NMS_HD void work(const Tile& tile, Chunk* shared, int thread) const {
-    if (M != 0 && tiles.pitch == 1) return work_along_row(tile, SharedTile<Bits>(tiles, shared), thread);
+    if constexpr (M != 0) {
+      if (tiles.pitch == 1) return work_along_row(tile, SharedTile<Bits>(tiles, shared), thread);
+    }
     const int units = unit_count(tile, unit_size());
     for (int u = thread; u < units; u += kStagedThreads) {
       const Unit at = unit_at(tiles, tile, unit_size(), u);
@@ -153,7 +156,7 @@ struct SelectStaged {
   NMS_HD void work_along_row(const Tile& tile, const SharedTile<Bits>& shared, int thread) const {
     constexpr int kBytes = kUnit / 8;  // of the mask
     uint8_t* const out = bits ? bits + tile.row * bits_row + tile.first_k / 8 : nullptr;
-    const bool wide = is_aligned(out, kBytes == 0 ? 1 : kBytes);
+    const bool wide = is_aligned(out, kBytes);
     for (int u = thread; u * kUnit < tile.k; u += kStagedThreads) {
       uint32_t mask = 0;
       NMS_UNROLL

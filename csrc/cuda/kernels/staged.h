@@ -19,8 +19,9 @@
 namespace nms {
 
 constexpr int kStagedThreads = 128;
-constexpr int kTileBytes =
-    16384;  // 13 such blocks fit on a multiprocessor of sm_90, 9 on sm_80: enough loads in flight
+// Eight such blocks, which every multiprocessor since sm_80 holds, have more loads in flight than its share of the
+// memory bandwidth needs (about 30 KiB).
+constexpr int kTileBytes = 16 << 10;
 constexpr int kTileChunks = kTileBytes / kChunkBytes;
 
 // Where chunk `index` of a line lies in shared memory. Threads read groups of 1, 2, 4 or 8 chunks, all at the same
