@@ -75,8 +75,9 @@ void check_select(const Shape& shape, const Shape& out_shape, int n, int m, bool
 
 void test_select() {
   for (int trial = 0; trial < 6000; ++trial) {
-    const Shape shape = random_shape(trial % 20 == 0 ? 60000 : 3000);
+    Shape shape = random_shape(trial % 20 == 0 ? 60000 : 3000);
     const Shape out_shape = another_layout(shape);
+    if (random_int(0, 5) == 0) shape.strides[random_int(0, shape.strides.size() - 1)] = 0;  // an expanded tensor
     const DType dtype = static_cast<DType>(random_int(0, kNumDTypes - 1));
     for_random_pattern([&](int n, int m) {
       switch_dtype(dtype, [&](auto d) {
