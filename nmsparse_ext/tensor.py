@@ -32,7 +32,9 @@ class NMTensor(torch.Tensor):
     tensor behind your back. Its
     weights are frozen: gradients reach the input and the bias.
 
-    Make one with `compress`, or with `from_packed` from parts that came from elsewhere.
+    Make one with `compress`, or with `from_packed` from parts that came from elsewhere. To change one,
+    ``copy_`` a weight into it: what the engine multiplies with is derived from ``values`` and ``indices``,
+    and does not follow when those are written to.
 
     Attributes:
         values: The kept weights, ``[other dims..., groups * n]``, in group order.
@@ -256,7 +258,7 @@ class NMTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., Tensor], tuple]:
         # Engine forms are derived, so they are not saved. Everything else is plain tensors and builtins, so
-        # that torch.load(weights_only=True) needs to trust two names only.
+        # that torch.load(weights_only=True) needs to trust one name only, which checks what it is given.
         state = (
             self.packed_values,
             self.packed_indices,
@@ -456,7 +458,8 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, W, bias)
 
 
-torch.serialization.add_safe_globals([NMTensor, _from_pickle])
+# Not the class: whoever may call that puts parts together that nobody has checked.
+torch.serialization.add_safe_globals([_from_pickle])
 
 # At the end, because that module needs the class above; it fills FUNCTIONS and OPS.
 from . import _tensor_functions  # noqa: E402, F401

@@ -131,7 +131,8 @@ def test_packing_a_packed_weight_is_refused() -> None:
 def test_repr_says_what_it_is() -> None:
     text = repr(packed(sparse(4, 8)))
     assert text == str(packed(sparse(4, 8)))
-    for part in ("2:4", "dim 1", "[4, 8]", "float32", "cpu", "68 bytes packed of 128", packed(sparse(4, 8)).engine):
+    engine = packed(sparse(4, 8)).engine
+    for part in ("2:4", "dim 1", "[4, 8]", "float32", "cpu", "68 bytes packed of 128", engine):
         assert part in text
 
 
@@ -552,6 +553,22 @@ def test_a_damaged_pickle_is_refused() -> None:
     weight.indices.fill_(0xFF)
     with pytest.raises(ValueError, match="no legal choice"):
         pickle.loads(pickle.dumps(weight))
+
+
+class HandMade:
+    """Pickles as a call of the class itself, past the checks of ``from_packed``."""
+
+    def __reduce__(self) -> tuple:
+        values, indices = torch.ones(4, 4), torch.full((4, 1), 0xFF, dtype=torch.uint8)
+        return NMTensor, (values, indices, "2:4", 1, (4, 8), "error", "decompress", ())
+
+
+def test_torch_load_lets_nobody_go_around_the_checks() -> None:
+    file = io.BytesIO()
+    torch.save(HandMade(), file)
+    file.seek(0)
+    with pytest.raises(pickle.UnpicklingError, match="NMTensor"):
+        torch.load(file, weights_only=True)
 
 
 def test_moves_between_dtypes_and_devices() -> None:
