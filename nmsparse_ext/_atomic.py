@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -14,7 +15,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Opens a new file for writing, which takes the place of ``path`` when the block ends without an error.
 
     The bytes are on the disk before the name is: the file is synced, then renamed over ``path``, then the
-    folder is synced. A symbolic link stays one, and its target is replaced.
+    folder is synced. A symbolic link stays one, and its target is replaced. The block may write to the file,
+    or hand its ``name`` to a library that writes, or replaces, the file of that name.
     """
     target = os.path.realpath(os.fspath(path))
     folder, name = os.path.split(target)
@@ -23,9 +25,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         # "x" and not the tempfile module: that one creates files that nobody else may read, whatever the
         # umask says.
         with open(temporary, "xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+        # By name: a library that was given the name may have put another file in the place of ours.
+        with open(temporary, "rb+") as written:
+            os.chmod(temporary, mode)
+            os.fsync(written.fileno())
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as write_safetensors
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._atomic import atomic_write
 from ..errors import FormatError
@@ -133,6 +134,7 @@ def load_into(model: nn.Module, path: StrPath) -> nn.Module:
             )
         elif isinstance(loaded[name], NMTensor) and not slots[name].is_parameter:
             problems.append(f"{name} is packed in the file, but a buffer in the model")
+    problems += _untied(slots, loaded)
     if problems:
         raise ValueError(f"{os.fspath(path)} does not match the model:\n  " + "\n  ".join(sorted(problems)))
     dense_only = {
@@ -174,6 +176,11 @@ def _tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
             kind = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
             raise ValueError(f"{name} cannot be saved: it must be an ordinary dense tensor, not {kind}")
+        if is_traceable_wrapper_subclass(tensor):
+            raise ValueError(
+                f"{name} cannot be saved: it is a {type(tensor).__name__}, whose parts lie elsewhere. Save "
+                "plain tensors or NMTensors; of a sharded model the gathered ones"
+            )
     return tensors
 
 
@@ -249,18 +256,21 @@ def _identity(tensor: Tensor) -> tuple | None:
     part = tensor.values if isinstance(tensor, NMTensor) else tensor
     if part.numel() == 0:
         return None
-    place = (part.data_ptr(), str(part.device), part.dtype, tuple(part.shape), part.stride())
+    layout = (tuple(part.shape), part.stride(), part.is_conj(), part.is_neg())
+    place = (part.data_ptr(), str(part.device), part.dtype, *layout)
     return (*place, PackedEntry.of(tensor)) if isinstance(tensor, NMTensor) else place
 
 
 def _storable(tensor: Tensor, storages: set[int]) -> Tensor:
     """On the CPU, contiguous, and with memory of its own: safetensors refuses views of one another.
 
+    Conjugation and negation, which PyTorch only notes down at first, are carried out: memory is saved.
+
     Args:
         tensor: What is to be stored.
         storages: Addresses of the memory taken so far; the result's is added.
     """
-    tensor = tensor.cpu().contiguous()
+    tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
     storage = tensor.untyped_storage()
     if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
         tensor = tensor.clone()
@@ -324,7 +334,36 @@ class _Slot:
 
 
 def _slots(model: nn.Module) -> dict[str, _Slot]:
-    return {canonical_name(name): slot for name, slot in _iter_slots(model)}
+    slots: dict[str, _Slot] = {}
+    for name, slot in _iter_slots(model):
+        if slots.setdefault(canonical_name(name), slot) is not slot:
+            raise ValueError(f"{name} has the same name as another tensor once wrapper prefixes are dropped")
+    return slots
+
+
+def _untied(slots: Mapping[str, _Slot], loaded: dict[str, Tensor]) -> Iterator[str]:
+    """Gives all names of a tied tensor what the file has under the first; yields where the others differ."""
+    first: dict[int, str] = {}
+    for name, slot in slots.items():
+        other = first.setdefault(id(slot.tensor), name)
+        if name in loaded and other in loaded and loaded[name] is not loaded[other]:
+            if not _same(loaded[name], loaded[other]):
+                yield f"{other} and {name} are one tensor in the model, but differ in the file"
+            loaded[name] = loaded[other]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of a file have equal contents; NaN equals itself."""
+    if isinstance(a, NMTensor) or isinstance(b, NMTensor):
+        return (
+            isinstance(a, NMTensor)
+            and isinstance(b, NMTensor)
+            and PackedEntry.of(a) == PackedEntry.of(b)
+            and _same(a.values, b.values)
+            and _same(a.indices, b.indices)
+        )
+    same_kind = (a.dtype, a.shape) == (b.dtype, b.shape)
+    return same_kind and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _iter_slots(model: nn.Module) -> Iterator[tuple[str, _Slot]]:

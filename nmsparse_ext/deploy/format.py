@@ -14,6 +14,7 @@ own name. The safetensors metadata (text to text) has one entry ``nmsparse`` wit
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,9 +32,10 @@ VALUES = ".values"
 INDICES = ".indices"
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
-_MAX_SIZE = (
-    1 << 40
-)  # of one dim; far above any weight, far below where products of five overflow in our index maths
+# Of one dim: far above any weight, far below where products of five overflow in our index maths.
+_MAX_SIZE = 1 << 40
+# Rows of a weight whose rows are empty: the file's size sets no bound to them, and kernels walk over rows.
+_MAX_EMPTY = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def _entry(name: str, content: Any) -> PackedEntry:
         raise FormatError(f"{where}: shape must be a list of 1 to {MAX_DIMS} sizes, got {_brief(shape)}")
     if any(type(size) is not int or not 0 <= size <= _MAX_SIZE for size in shape):
         raise FormatError(f"{where}: sizes must be integers from 0 to {_MAX_SIZE}, got {_brief(shape)}")
+    if 0 in shape and math.prod(size for size in shape if size) > _MAX_EMPTY:
+        raise FormatError(f"{where}: shape of a weight without elements is too large, got {_brief(shape)}")
     group_dim = content["group_dim"]
     if type(group_dim) is not int or not 0 <= group_dim < len(shape):
         raise FormatError(f"{where}: group_dim must be in [0, {len(shape)}), got {_brief(group_dim)}")

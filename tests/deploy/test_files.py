@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from cases import DTYPES
 from safetensors.torch import load_file as load_plain
 from safetensors.torch import save_file as save_plain
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import nmsparse_ext as nms
 from nmsparse_ext.tensor import NMTensor
@@ -249,6 +252,11 @@ class WithState(nn.Linear):
         ({"a": torch.zeros(2, 2).to_sparse()}, ValueError, "a cannot be saved"),
         ({"a": torch.zeros(2, 2, device="meta")}, ValueError, "a cannot be saved"),
         (
+            {"a": TwoTensor(torch.zeros(2), torch.zeros(2))},
+            ValueError,
+            "a cannot be saved: it is a TwoTensor",
+        ),
+        (
             {"a": nms.compress(torch.zeros(2, 4), "2:4"), "a.values": torch.zeros(1)},
             ValueError,
             r"stored as a\.values; rename one",
@@ -275,6 +283,73 @@ def test_a_failing_write_leaves_the_old_file(net: Net, path: Path, monkeypatch: 
         nms.save_file(net, path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_others_may_read_the_file_as_far_as_the_umask_lets_them(net: Net, path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        nms.save_file(net, path)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_what_is_synced_is_what_was_written(net: Net, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    sync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", watched)
+    nms.save_file(net, path)
+    assert synced[0] == path.stat().st_ino
+
+
+def test_lazy_conjugates_are_stored_as_values(path: Path) -> None:
+    z = torch.randn(3, dtype=torch.complex64)
+    nms.save_file({"z": z, "conjugate": z.conj(), "negated": z.conj().imag}, path)
+    loaded = nms.load_file(path)
+    assert torch.equal(loaded["z"], z)
+    assert torch.equal(loaded["conjugate"], z.conj().resolve_conj())
+    assert torch.equal(loaded["negated"], -z.imag)
+
+
+class Pair(nn.Module):
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        nms.nm_prune_(self.a.weight.data, "2:4")
+        if tied:
+            self.b.weight = self.a.weight
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tied_names_may_be_stored_twice_if_they_agree(path: Path, packed: bool) -> None:
+    weight = Pair(tied=True).a.weight.detach()
+    tensor = nms.compress(weight, "2:4") if packed else weight
+    nms.save_file({"a.weight": tensor, "b.weight": tensor.clone()}, path)
+    model = nms.load_into(Pair(tied=True), path)
+    assert model.a.weight is model.b.weight
+    assert torch.equal(model.a.weight.to_dense() if packed else model.a.weight, weight)
+
+
+def test_tied_names_that_differ_are_refused(path: Path) -> None:
+    nms.save_file(Pair(tied=False), path)
+    model = Pair(tied=True)
+    before = model.a.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"a\.weight and b\.weight are one tensor in the model, but differ"):
+        nms.load_into(model, path)
+    assert torch.equal(model.a.weight, before)
+
+
+def test_load_into_names_what_collides_without_wrapper_parts(path: Path) -> None:
+    save_plain({"fc.weight": torch.zeros(4, 4)}, path)
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4, bias=False)})
+    model["module"] = nn.ModuleDict({"fc": nn.Linear(4, 4, bias=False)})
+    with pytest.raises(ValueError, match=r"module\.fc\.weight has the same name as another"):
+        nms.load_into(model, path)
 
 
 def test_load_into_names_what_does_not_match(net: Net, path: Path) -> None:
@@ -358,6 +433,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "many dims": (entry(shape=[1] * 6), "shape must be a list of 1 to 5 sizes"),
     "huge shape": (entry(shape=[2, 1 << 62]), "sizes must be integers from 0"),
     "large shape": (entry(shape=[1 << 40, 1 << 40]), "weight 'w': values must have shape"),
+    "huge, but without elements": (entry(shape=[1 << 40, 0]), "too large"),
     "negative shape": (entry(shape=[-2, 8]), "sizes must be integers from 0"),
     "shape of floats": (entry(shape=[2.0, 8]), "sizes must be integers from 0"),
     "remainder": (entry(remainder="cut"), "remainder must be"),
