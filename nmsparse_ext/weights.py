@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ._checks import WEIGHT_DTYPES
 from .pattern import Pattern
 from .registry import find_rule
 
@@ -33,7 +34,8 @@ class Weight:
         attr: Its attribute name there.
         places: All ``(module, attr)`` that hold it.
         parameter: The parameter itself.
-        group_dim: The dim that groups run along (``>= 0``); ``None`` if the registry does not know it.
+        group_dim: The dim that groups run along (``>= 0``); ``None`` if the registry does not know it,
+            or its dtype cannot be pruned.
         span: Groups must not cross multiples of this along ``group_dim``; usually the size of that dim.
         dense_because: Why it stays dense unless a scheme names it; ``None`` for a prunable weight.
     """
@@ -132,6 +134,9 @@ def _weight(places: list[_Place]) -> Weight:
     elif len(layouts) > 1:
         group_dim, span = None, 0
         dense_because = f"tied, but not with the same group dim: {', '.join(layouts.values())}"
+    elif first.parameter.dtype not in WEIGHT_DTYPES:
+        group_dim, span = None, 0
+        dense_because = f"weights of dtype {first.parameter.dtype} cannot be pruned"
     main = main or first
     return Weight(
         name=first.name,

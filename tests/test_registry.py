@@ -96,6 +96,14 @@ class TestModuleTypes:
         assert weight.group_dim is None
         assert weight.dense_because == "Bilinear.weight is not in the registry (register_module)"
 
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.complex64, torch.float8_e5m2])
+    def test_dtypes_that_cannot_be_pruned_say_so(self, dtype: torch.dtype) -> None:
+        model = nn.Sequential(nn.Linear(8, 8))
+        model[0].weight = nn.Parameter(torch.ones(8, 8).to(dtype), requires_grad=False)
+        (weight,) = weights(model)
+        assert weight.dense_because == f"weights of dtype {dtype} cannot be pruned"
+        assert list(prunable_weights(model)) == []
+
     def test_subclasses_inherit(self) -> None:
         class Wide(nn.Linear):
             pass
