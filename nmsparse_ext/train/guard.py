@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ..tensor import NMTensor
 from ..weights import canonical_name
 
 # In every parameter group of an optimizer with a Sparsifier: the number of steps made. It travels with copies
@@ -76,6 +77,20 @@ def check_model(model: nn.Module, scheme: Any) -> None:
             "weights that are computed from other parameters cannot be sparse: "
             + ", ".join(f"{name} ({how})" for name, how in parametrized.items())
             + "; remove the parametrization, or leave them out of the scheme"
+        )
+
+
+def check_not_packed(parameters: Mapping[str, Tensor]) -> None:
+    """Refuses packed weights, which are frozen.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    packed = [name for name, parameter in parameters.items() if isinstance(parameter, NMTensor)]
+    if packed:
+        raise ValueError(
+            f"packed weights cannot be trained: {', '.join(packed)}; leave them out of the scheme, or put "
+            f"nn.Parameter(weight.to_dense()) in their place"
         )
 
 

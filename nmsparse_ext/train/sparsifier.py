@@ -16,7 +16,7 @@ from ..weights import canonical_name
 from ..weights import weights as list_weights
 from .checkpoint import StateHooks, saved_step
 from .dtensor import is_dtensor, shard_groups
-from .guard import STEP_KEY, check_model, check_optimizer, set_sparsifier
+from .guard import STEP_KEY, check_model, check_not_packed, check_optimizer, set_sparsifier
 from .ranks import check_ranks_equal
 from .rules import Rule, Step, make_rule
 from .sad import SadHistory, SadLog
@@ -46,6 +46,10 @@ class Sparsifier:
 
     As the term is added to what the optimizer is about to use, ``lambda_w`` means the same under gradient
     accumulation, loss scaling, clipping, weight tying, DistributedDataParallel and ``fully_shard``.
+
+    What others write to the parameters between steps is taken into the dense weights, with a warning. Such
+    writes are told by the parameters' version counters, which ``p.data.copy_(...)`` goes around: write with
+    ``p.copy_(...)`` under ``torch.no_grad()`` instead, or the next step undoes it.
 
     After the first step the hooks allocate no tensors and never wait for a GPU: a step can be captured in a
     CUDA graph. Replays train as they should, but move neither `step` nor `history`.
@@ -98,6 +102,7 @@ class Sparsifier:
         rule = make_rule(method, lambda_w, penalty)
 
         resolved = self._scheme.resolve(model)
+        check_not_packed({name: weight.parameter for name, weight in resolved.items()})
         listed = list_weights(model)
         spans = {weight.name: weight.span for weight in listed}
         self._aliases = {alias: weight.name for weight in listed for alias in weight.names}

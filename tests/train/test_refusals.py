@@ -55,6 +55,15 @@ def test_no_optimizer(optimizer) -> None:
         Sparsifier(mlp(), optimizer, "2:4")
 
 
+def test_packed_weights() -> None:
+    model = mlp()
+    for layer in (model[0], model[2]):
+        nms.nm_prune_(layer.weight.data, "2:4")
+    nms.convert(model, policy="always")
+    with pytest.raises(ValueError, match=r"packed weights cannot be trained: 0\.weight, 2\.weight"):
+        Sparsifier(model, sgd(model), "2:4")
+
+
 def test_no_model() -> None:
     model = mlp()
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got generator"):
