@@ -250,6 +250,14 @@ def test_inference_mode() -> None:
         assert torch.equal(w, expected)
 
 
+def test_rooms_are_there_without_an_import_of_their_own() -> None:
+    source = "import nmsparse_ext as nms; nms.train.Rule; nms.deploy.report; assert 'train' in dir(nms)"
+    run = subprocess.run(
+        [sys.executable, "-c", source], cwd=LIBRARY_CPP.parents[1], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
 def test_parameters_give_plain_tensors() -> None:
     pruned = nms.nm_prune(torch.nn.Parameter(torch.randn(4, 8)), "2:4")
     assert type(pruned) is Tensor
