@@ -20,6 +20,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#include "simd_pack_vbmi2.h"
+
 NMS_TARGET_REGION("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,popcnt")
 
 namespace nms {
@@ -43,7 +45,15 @@ namespace {
 
 }  // namespace
 
-Kernels avx512_kernels() { return simd_table("avx512"); }
+Kernels avx512_kernels() {
+  Kernels table = simd_table("avx512");
+  if (!__builtin_cpu_supports("avx512vbmi2")) {  // packing of narrow elements: without it AVX2's way is as fast
+    const Kernels avx2 = avx2_kernels();
+    for (DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kInt8, DType::kFloat8E4M3})
+      table.compress[static_cast<int>(dtype)] = avx2.compress[static_cast<int>(dtype)];
+  }
+  return table;
+}
 
 }  // namespace nms
 

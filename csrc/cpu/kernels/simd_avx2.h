@@ -386,28 +386,29 @@ struct PositionsTable {
   }
 };
 
-// The elements of a vector whose bit is set move to its front; what stands behind them is of no use. Reads kCount
-// elements, may write kCount.
+// The elements that have a bit, side by side. Works in steps of eight: what is read behind the last element and written
+// behind the last value is of no use.
 template <int kSize>
-struct Compressor {
-  static constexpr int kCount = 8;
-
-  static NMS_INLINE void pack(const void* src, uint64_t bits, void* dst) {
-    static constexpr PositionsTable kTable;
-    const __m128i positions = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kTable.position[bits & 0xFF]));
+void pack_kept(const char* elements, const uint8_t* mask, int64_t count, char* values) {
+  static constexpr PositionsTable kTable;
+  for (int64_t i = 0; i < count; i += 8) {
+    const uint8_t bits = mask[i / 8];
+    const char* from = elements + i * kSize;
+    const __m128i positions = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kTable.position[bits]));
     if constexpr (kSize == 4) {
-      store(dst, _mm256_permutevar8x32_epi32(load(src), _mm256_cvtepu8_epi32(positions)));
+      store(values, _mm256_permutevar8x32_epi32(load(from), _mm256_cvtepu8_epi32(positions)));
     } else if constexpr (kSize == 2) {  // element p is bytes 2p and 2p + 1
       const __m128i twice = _mm_add_epi8(positions, positions);
       const __m128i order = _mm_unpacklo_epi8(twice, _mm_add_epi8(twice, _mm_set1_epi8(1)));
-      _mm_storeu_si128(static_cast<__m128i*>(dst),
-                       _mm_shuffle_epi8(_mm_loadu_si128(static_cast<const __m128i*>(src)), order));
+      const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(values), _mm_shuffle_epi8(all, order));
     } else {
-      _mm_storel_epi64(static_cast<__m128i*>(dst),
-                       _mm_shuffle_epi8(_mm_loadl_epi64(static_cast<const __m128i*>(src)), positions));
+      const __m128i all = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(values), _mm_shuffle_epi8(all, positions));
     }
+    values += kSize * __builtin_popcount(bits);
   }
-};
+}
 
 // Set bits of a ^ b.
 struct BitCounter {

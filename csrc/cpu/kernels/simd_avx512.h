@@ -310,27 +310,24 @@ struct Elements<1> {
   }
 };
 
-// The elements of a vector whose bit is set move to its front; what stands behind them is of no use. Reads kCount
-// elements, may write a whole vector. Compressing in registers and storing all of it is much faster than the
-// instruction's own store form on some processors. VBMI2 has 16-bit and 8-bit forms; widening to 32 bits needs no
-// newer processor and still outruns the memory.
+// The elements that have a bit, side by side. Works in whole vectors: what is read behind the last element and written
+// behind the last value is of no use. Compressing in registers and storing all of it is much faster than the
+// instruction's own store form on some processors. The forms for 16 and 8 bits need VBMI2.
 template <int kSize>
-struct Compressor {
-  static constexpr int kCount = 16;
-
-  static NMS_INLINE void pack(const void* src, uint64_t bits, void* dst) {
-    const __mmask16 mask = static_cast<__mmask16>(bits);
-    if constexpr (kSize == 4) {
-      store(dst, _mm512_maskz_compress_epi32(mask, load(src)));
-    } else if constexpr (kSize == 2) {
-      const Vec wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(src)));
-      _mm256_storeu_si256(static_cast<__m256i*>(dst), _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(mask, wide)));
-    } else {
-      const Vec wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(src)));
-      _mm_storeu_si128(static_cast<__m128i*>(dst), _mm512_cvtepi32_epi8(_mm512_maskz_compress_epi32(mask, wide)));
+void pack_kept(const char* elements, const uint8_t* mask, int64_t count, char* values) {
+  if constexpr (kSize == 4) {
+    for (int64_t i = 0; i < count; i += 16) {
+      __mmask16 bits;
+      std::memcpy(&bits, mask + i / 8, sizeof(bits));
+      store(values, _mm512_maskz_compress_epi32(bits, load(elements + 4 * i)));
+      values += 4 * __builtin_popcount(bits);
     }
+  } else if constexpr (kSize == 2) {
+    pack_words_vbmi2(elements, mask, count, values);
+  } else {
+    pack_bytes_vbmi2(elements, mask, count, values);
   }
-};
+}
 
 // Set bits of a ^ b.
 struct BitCounter {

@@ -46,6 +46,40 @@ struct Codes12 {
   NMS_INLINE uint64_t operator()(uint64_t masks) const { return masks >> 1 & 0x5555555555555555; }
 };
 
+// Places of the set bits of each byte, four bits each, the lowest first.
+struct PlacesTable {
+  uint32_t places[256] = {};
+  constexpr PlacesTable() {
+    for (int bits = 0; bits < 256; ++bits)
+      for (uint32_t i = 0, shift = 0; i < 8; ++i)
+        if (bits >> i & 1) {
+          places[bits] |= i << shift;
+          shift += 4;
+        }
+  }
+};
+
+template <int kM /* 8 or 16: places of four bits */>
+struct CodesOfPlaces {
+  int group_bits;
+  int kBytes = 64 / kM * group_bits / 8;
+
+  NMS_INLINE uint64_t operator()(uint64_t masks) const {
+    static constexpr PlacesTable kTable;
+    uint64_t codes = 0;
+    for (int group = 0, shift = 0; group < 64; group += kM, shift += group_bits) {
+      uint64_t code = kTable.places[masks >> group & 0xFF];
+      if constexpr (kM == 16) {  // the second byte's places are 8 and more
+        const uint64_t second = masks >> group >> 8 & 0xFF;
+        const uint64_t places = kTable.places[second] | (0x88888888 & low_bits(4 * popcount64(second)));
+        code |= places << (4 * popcount64(masks >> group & 0xFF));
+      }
+      codes |= code << shift;
+    }
+    return codes;
+  }
+};
+
 struct CodesAny {
   PackedFormat format;
   int kBytes = 64 / format.m * format.group_bits / 8;
@@ -82,24 +116,12 @@ inline void write_codes(const uint8_t* mask, int64_t groups, PackedFormat format
   if (format.m == 4 && format.n == 2) return write_codes(mask, groups, format, Codes24{}, out);
   if (format.m == 4 && format.n == 1) return write_codes(mask, groups, format, Codes14{}, out);
   if (format.m == 2 && format.n == 1) return write_codes(mask, groups, format, Codes12{}, out);
+  if (format.m == 8) return write_codes(mask, groups, format, CodesOfPlaces<8>{format.group_bits}, out);
+  if (format.m == 16) return write_codes(mask, groups, format, CodesOfPlaces<16>{format.group_bits}, out);
   write_codes(mask, groups, format, CodesAny{format}, out);
 }
 
 // ---- Values ----
-
-// The elements that have a bit, side by side. Works in whole steps of the compressor: both buffers, and the mask, have
-// room behind their end, and what is written behind the packed elements is of no use.
-template <int kSize>
-void pack_kept(const char* elements, const uint8_t* mask, int64_t count, char* values) {
-  constexpr int kStep = Compressor<kSize>::kCount;
-  int64_t packed = 0;
-  for (int64_t i = 0; i < count; i += kStep) {
-    uint16_t bits = mask[i / 8];
-    if constexpr (kStep == 16) bits = static_cast<uint16_t>(bits | mask[i / 8 + 1] << 8);
-    Compressor<kSize>::pack(elements + i * kSize, bits, values + packed * kSize);
-    packed += __builtin_popcount(bits);
-  }
-}
 
 inline void copy_bytes(const void* src, void* dst, int64_t bytes, bool past_cache) {
   const char* from = static_cast<const char*>(src);
@@ -111,15 +133,15 @@ inline void copy_bytes(const void* src, void* dst, int64_t bytes, bool past_cach
 }
 
 // What    Chooses along rows, packs the values in the first-level cache, and writes them and the codes.
-// Layout  As CompressPanel. Packing goes to a buffer first because each step writes a whole vector, of which only the
-//         front is meant, and because whole chunks can then be streamed.
+// Layout  As CompressPanel. Packing goes to a buffer first, because it writes a little more than it means to, and because
+//         whole chunks can then be streamed.
 template <DType D>
 void compress(const CompressPanel& p) {
   if (!has_chooser(p.m)) return scalar_kernels().compress[static_cast<int>(D)](p);
   using Bits = BitsOf<D>;
   constexpr int kSize = sizeof(Bits);
   const PackedFormat format = packed_format(p.n, p.m);
-  alignas(64) Bits packed[kChunk<typename Keys<D>::L> + 64 / kSize];  // and the widest vector
+  alignas(64) Bits packed[kChunk<typename Keys<D>::L> + kSlack];
   choose_rows<D>(p.src, p.src_row, p.src_k, p.rows, p.k, p.n, p.m, nullptr, 0,
                  [&](int64_t row, int64_t first, int64_t count, const Bits* elements, const uint8_t* mask) {
                    const int64_t groups = (count + p.m - 1) / p.m;
