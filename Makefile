@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12       Python that makes the environments (3.10 or newer)
 #   TORCH=2.13.0            torch of .venv. pip's default on Linux x86 is a CUDA build, which also runs without a GPU;
-#   PIP_ARGS=...            for the smaller CPU build: PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   PIP_ARGS=...            more arguments of pip, such as an index that has the smaller CPU build of torch
 #   CUDA_HOME=...           CUDA toolkit; else the first one that scripts/find_cuda.sh finds
 PYTHON ?= python3
 TORCH ?= 2.13.0

@@ -1,10 +1,11 @@
 // What    Walks a row group by group and hands each group's mask to `emit(group, len, mask)`.
-// Layout  Eight groups are ranked side by side: keys[i][lane] is weight i of group `lane`, so that the rank loops run
-//         over lanes and any compiler turns them into vector instructions of whatever the target has.
-// Note    Same rule as select_group: rank[j] starts at j as if all lower indices won; each later winner shifts by one.
+// Layout  Groups are ranked side by side, lane by lane: keys[i] holds weight i of each. Lanes are the compiler's own
+//         vectors of 16 bytes, which every 64-bit target has instructions for.
+// Note    Same rule as select_group. A comparison of vectors is -1 where it holds, so counts go down.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../../core/dtype.h"
 #include "../../core/select.h"
@@ -12,22 +13,32 @@
 namespace nms {
 namespace {
 
-constexpr int kLanes = 8;
-
 template <class Key>
-void rank_lanes(const Key (*keys)[kLanes], Key (*rank)[kLanes], int m) {
-  for (int i = 0; i < m; ++i)
-    for (int lane = 0; lane < kLanes; ++lane) rank[i][lane] = static_cast<Key>(i);
-  for (int i = 0; i < m; ++i) {
-    Key rank_i[kLanes] = {};
-    for (int j = i + 1; j < m; ++j) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const Key later_wins = keys[j][lane] > keys[i][lane];
-        rank_i[lane] = static_cast<Key>(rank_i[lane] + later_wins);
-        rank[j][lane] = static_cast<Key>(rank[j][lane] - later_wins);
-      }
+struct KeyLanes {
+  typedef Key Vector __attribute__((vector_size(16)));
+  static constexpr int kLanes = 16 / sizeof(Key);
+  static constexpr int kBits = 8 * sizeof(Key);               // mask bits that fit in a lane
+  static constexpr int kWords = (kMaxM + kBits - 1) / kBits;  // lanes' worth of words for the largest group
+};
+
+// words[w][lane]: bits w * kBits ... of the mask of group `lane`.
+template <class Key>
+inline void select_lanes(const typename KeyLanes<Key>::Vector* keys /* [m] */, int m, int n,
+                         typename KeyLanes<Key>::Vector* words) {
+  using Vector = typename KeyLanes<Key>::Vector;
+  constexpr int kBits = KeyLanes<Key>::kBits;
+  for (int first = 0; first < m; first += kBits) {
+    Vector word = {};
+    for (int i = first; i < m && i < first + kBits; ++i) {
+      const Vector key = keys[i];
+      Vector won = {}, lost = {};  // minus the numbers of lower indices that i beats, of higher ones that beat it
+      for (int j = 0; j < i; ++j) won += key > keys[j];
+      for (int j = i + 1; j < m; ++j) lost += keys[j] > key;
+      const Vector rank = static_cast<Key>(i) + won - lost;
+      const Vector bit = Vector{} + static_cast<Key>(static_cast<std::make_unsigned_t<Key>>(1) << (i - first));
+      word |= (rank < static_cast<Key>(n)) & bit;
     }
-    for (int lane = 0; lane < kLanes; ++lane) rank[i][lane] = static_cast<Key>(rank[i][lane] + rank_i[lane]);
+    words[first / kBits] = word;
   }
 }
 
@@ -36,19 +47,28 @@ template <DType D, int M, class Emit>
 void for_each_group(const typename Element<D>::Bits* row, int64_t stride, int64_t k, int n, int m_at_run_time,
                     Emit emit) {
   using Key = typename Element<D>::Key;
+  using Lanes = KeyLanes<Key>;
+  constexpr int kLanes = Lanes::kLanes;
   const int m = M > 0 ? M : m_at_run_time;
-  Key keys[M > 0 ? M : kMaxM][kLanes];
-  Key rank[M > 0 ? M : kMaxM][kLanes];
+  typename Lanes::Vector keys[M > 0 ? M : kMaxM] = {};
+  typename Lanes::Vector words[Lanes::kWords];
+  Key in_order[kLanes * (M > 0 ? M : kMaxM)];  // the same keys as they lie in the row
 
   const int64_t groups = k / m;
   int64_t group = 0;
   for (; group + kLanes <= groups; group += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int i = 0; i < m; ++i) keys[i][lane] = magnitude_key<D>(row[((group + lane) * m + i) * stride]);
-    rank_lanes(keys, rank, m);
+    const auto* first = row + group * m * stride;
+    if (stride == 1)
+      for (int i = 0; i < kLanes * m; ++i) in_order[i] = magnitude_key<D>(first[i]);
+    else
+      for (int i = 0; i < kLanes * m; ++i) in_order[i] = magnitude_key<D>(first[i * stride]);
+    for (int i = 0; i < m; ++i)
+      for (int lane = 0; lane < kLanes; ++lane) keys[i][lane] = in_order[lane * m + i];
+    select_lanes<Key>(keys, m, n, words);
     for (int lane = 0; lane < kLanes; ++lane) {
       uint64_t mask = 0;
-      for (int i = 0; i < m; ++i) mask |= static_cast<uint64_t>(rank[i][lane] < n) << i;
+      for (int w = 0; w * Lanes::kBits < m; ++w)
+        mask |= static_cast<uint64_t>(static_cast<std::make_unsigned_t<Key>>(words[w][lane])) << (w * Lanes::kBits);
       emit(group + lane, m, mask);
     }
   }

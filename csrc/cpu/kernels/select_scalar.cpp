@@ -10,25 +10,46 @@
 namespace nms {
 namespace {
 
+// Eight weights at a time: all ones where a bit of the byte is set.
+template <class Bits>
+struct ByteMasks {
+  Bits of[256][8] = {};
+  constexpr ByteMasks() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int i = 0; i < 8; ++i) of[byte][i] = static_cast<Bits>(byte >> i & 1 ? ~Bits{0} : Bits{0});
+  }
+};
+
+// out = where(bit, in, 0) for one row.
+template <class Bits>
+void keep_row(const Bits* in, int64_t in_k, Bits* out, int64_t out_k, const uint8_t* bits, int64_t k) {
+  static constexpr ByteMasks<Bits> kMasks;
+  const int64_t whole = in_k == 1 && out_k == 1 ? k / 8 : 0;
+  for (int64_t byte = 0; byte < whole; ++byte)
+    for (int i = 0; i < 8; ++i) out[8 * byte + i] = in[8 * byte + i] & kMasks.of[bits[byte]][i];
+  for (int64_t i = 8 * whole; i < k; ++i) out[i * out_k] = in[i * in_k] & kMasks.of[bits[i >> 3]][i & 7];
+}
+
 template <DType D>
 void select(const SelectPanel& p) {
   using Bits = typename Element<D>::Bits;
+  constexpr int kChunkGroups = 64;  // whole mask bytes for every m
+  uint8_t chunk_bits[kChunkGroups * kMaxM / 8];
+  const int64_t chunk = kChunkGroups * p.m;
   switch_m(p.m, [&](auto m) {
     for (int64_t r = 0; r < p.rows; ++r) {
       const Bits* src = static_cast<const Bits*>(p.src) + r * p.src_row;
       Bits* dst = static_cast<Bits*>(p.dst) + (p.dst ? r * p.dst_row : 0);
-      BitWriter bits(p.bits + (p.bits ? r * p.bits_row : 0));
-      for_each_group<D, m>(src, p.src_k, p.k, p.n, p.m, [&](int64_t group, int len, uint64_t mask) {
-        if (p.dst) {
-          const int64_t first = group * p.m;
-          for (int i = 0; i < len; ++i) {
-            const Bits keep = static_cast<Bits>(-static_cast<Bits>(mask >> i & 1));
-            dst[(first + i) * p.dst_k] = src[(first + i) * p.src_k] & keep;
-          }
-        }
-        if (p.bits) bits.put(mask, len);
-      });
-      if (p.bits) bits.finish();
+      uint8_t* row_bits = p.bits ? p.bits + r * p.bits_row : nullptr;
+      for (int64_t first = 0; first < p.k; first += chunk) {
+        const int64_t count = p.k - first < chunk ? p.k - first : chunk;
+        uint8_t* bits = row_bits ? row_bits + first / 8 : chunk_bits;
+        BitWriter writer(bits);
+        for_each_group<D, m>(src + first * p.src_k, p.src_k, count, p.n, p.m,
+                             [&](int64_t, int len, uint64_t mask) { writer.put(mask, len); });
+        writer.finish();
+        if (p.dst) keep_row(src + first * p.src_k, p.src_k, dst + first * p.dst_k, p.dst_k, bits, count);
+      }
     }
   });
 }
@@ -57,15 +78,9 @@ void compress(const CompressPanel& p) {
 
 template <class Bits>
 void apply_bits(const ApplyPanel& p) {
-  for (int64_t r = 0; r < p.rows; ++r) {
-    const Bits* src = static_cast<const Bits*>(p.src) + r * p.src_row;
-    Bits* dst = static_cast<Bits*>(p.dst) + r * p.dst_row;
-    const uint8_t* bits = p.bits + r * p.bits_row;
-    for (int64_t i = 0; i < p.k; ++i) {
-      const Bits keep = static_cast<Bits>(-static_cast<Bits>(bits[i >> 3] >> (i & 7) & 1));
-      dst[i * p.dst_k] = src[i * p.src_k] & keep;
-    }
-  }
+  for (int64_t r = 0; r < p.rows; ++r)
+    keep_row(static_cast<const Bits*>(p.src) + r * p.src_row, p.src_k, static_cast<Bits*>(p.dst) + r * p.dst_row,
+             p.dst_k, p.bits + r * p.bits_row, p.k);
 }
 
 int64_t count_differing(const uint8_t* a, const uint8_t* b, int64_t bytes) {
