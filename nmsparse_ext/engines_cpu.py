@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import panels as ops
 from ._build import extension
@@ -39,8 +40,13 @@ def _panels(weight: NMTensor) -> Panels:
 
 
 def _linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:
-    if weight.group_dim != 1 or (weight.packed_values.requires_grad and torch.is_grad_enabled()):
-        # Groups along the outputs, or a gradient for the values: neither is what panels are for.
+    if (
+        weight.group_dim != 1
+        or (weight.packed_values.requires_grad and torch.is_grad_enabled())
+        or forward_ad._current_level >= 0
+    ):
+        # Groups along the outputs, a gradient for the values, forward-mode derivatives (which PyTorch drops in
+        # silence at ops such as ours): none is what panels are for.
         return F.linear(input, unpack(weight), bias)
     if torch.is_autocast_enabled("cpu"):
         return _autocast_linear(input, weight, bias)

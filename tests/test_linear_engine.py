@@ -301,6 +301,14 @@ def test_gradients_of_a_layer(dtype: torch.dtype) -> None:
     torch.testing.assert_close(bias.grad, expected_bias)
 
 
+def test_forward_mode_derivatives() -> None:
+    w = nms.nm_prune(torch.randn(16, 8), "2:4")
+    weight = nms.compress(w, "2:4")
+    x, direction = torch.randn(3, 8), torch.randn(3, 8)
+    _, derivative = torch.func.jvp(lambda x: nms.linear(x, weight), (x,), (direction,))
+    torch.testing.assert_close(derivative, F.linear(direction, w))
+
+
 def test_values_that_want_a_gradient_get_it() -> None:
     w = nms.nm_prune(torch.randn(8, 16), "2:4").requires_grad_()
     x = torch.randn(3, 16)
