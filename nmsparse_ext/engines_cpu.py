@@ -45,8 +45,8 @@ def _linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tens
         or (weight.packed_values.requires_grad and torch.is_grad_enabled())
         or forward_ad._current_level >= 0
     ):
-        # Groups along the outputs, a gradient for the values, forward-mode derivatives (which PyTorch drops in
-        # silence at ops such as ours): none is what panels are for.
+        # Groups along the outputs, a gradient for the values, forward-mode derivatives (which PyTorch drops
+        # in silence at ops such as ours): none is what panels are for.
         return F.linear(input, unpack(weight), bias)
     if torch.is_autocast_enabled("cpu"):
         return _autocast_linear(input, weight, bias)
