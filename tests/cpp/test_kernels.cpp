@@ -17,7 +17,7 @@
 #include "core/dtype.h"
 #include "core/packed.h"
 #include "core/select.h"
-#include "cpu/kernels/dtype_switch.h"
+#include "core/dtype_switch.h"
 #include "cpu/kernels/kernels.h"
 
 namespace {
