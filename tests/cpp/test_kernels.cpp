@@ -17,7 +17,6 @@
 #include "core/dtype.h"
 #include "core/packed.h"
 #include "core/select.h"
-#include "core/dtype_switch.h"
 #include "cpu/kernels/kernels.h"
 
 namespace {
