@@ -24,13 +24,20 @@ using torch::stable::Tensor;
 
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::Char: return DType::kInt8;
-    case ScalarType::Float8_e4m3fn: return DType::kFloat8E4M3;
-    default: break;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Char:
+      return DType::kInt8;
+    case ScalarType::Float8_e4m3fn:
+      return DType::kFloat8E4M3;
+    default:
+      break;
   }
   NMS_CHECK(false, name, " must be float64, float32, bfloat16, float16, int8 or float8_e4m3fn");
 }
@@ -95,6 +102,12 @@ inline void check_same_device(const Tensor& a, const Tensor& b, const char* name
             " must be on the same device");
 }
 
+// Tensors that are written to hold every element in a place of its own.
+inline void check_writable(const Tensor& t, const char* name) {
+  for (int64_t d = 0; d < t.dim(); ++d)
+    NMS_CHECK(t.stride(d) != 0 || t.size(d) <= 1, name, " is written to, but is expanded along dim ", d);
+}
+
 // bits as the packed mask of a tensor of w's shape, grouped along dim.
 inline void check_bits(const Tensor& bits, const Tensor& w, int64_t dim) {
   NMS_CHECK(0 <= dim && dim < w.dim(), "dim must be in [0, ", w.dim(), "), got ", dim);
@@ -102,6 +115,15 @@ inline void check_bits(const Tensor& bits, const Tensor& w, int64_t dim) {
   NMS_CHECK(sizes_of(bits) == moved_last(sizes_of(w), dim, ceil_div(w.size(dim), 8)),
             "bits must have the shape of w with its group dim moved last and divided by 8");
   check_same_device(bits, w, "w and bits");
+}
+
+// The outputs of a pruning: `out` stands where w does, element for element; bits is its packed mask or absent.
+inline void check_prune_outputs(const Tensor& w, const Tensor& out, const std::optional<Tensor>& bits, int64_t dim) {
+  check_same_shape(w, out, "w and out");
+  check_same_device(w, out, "w and out");
+  NMS_CHECK(w.scalar_type() == out.scalar_type(), "w and out must have the same dtype");
+  check_writable(out, "out");
+  if (bits) check_bits(*bits, w, dim);
 }
 
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {

@@ -28,11 +28,12 @@ NMS_HD float small_float_to_float(uint32_t bits) {
   float magnitude;
   if (kHasInfinity && exponent == kMaxExponent) {
     magnitude = bit_cast<float>(0x7f800000u | mantissa << (23 - kMantissaBits));
-  } else if (!kHasInfinity && (bits & ((1u << (kExponentBits + kMantissaBits)) - 1)) ==
-                                  (1u << (kExponentBits + kMantissaBits)) - 1) {
+  } else if (!kHasInfinity &&
+             (bits & ((1u << (kExponentBits + kMantissaBits)) - 1)) == (1u << (kExponentBits + kMantissaBits)) - 1) {
     magnitude = bit_cast<float>(0x7fc00000u);
   } else if (exponent == 0) {  // zero or denormal: mantissa * 2^(1 - bias - mantissa bits)
-    magnitude = static_cast<float>(mantissa) * bit_cast<float>(static_cast<uint32_t>(128 - kBias - kMantissaBits) << 23);
+    magnitude =
+        static_cast<float>(mantissa) * bit_cast<float>(static_cast<uint32_t>(128 - kBias - kMantissaBits) << 23);
   } else {
     magnitude = bit_cast<float>((exponent + 127 - kBias) << 23 | mantissa << (23 - kMantissaBits));
   }

@@ -1,6 +1,7 @@
 // pack_bits, unpack_bits, apply_bits, add_pruned_, sad: working with packed masks.
 #include <atomic>
 
+#include "huge_pages.h"
 #include "kernels/kernels.h"
 #include "panels.h"
 
@@ -15,7 +16,7 @@ Tensor pack_bits_cpu(const Tensor& mask, int64_t dim) {
   const int64_t bits_row = ceil_div(panels.k, 8);
   parallel_tiles(panels, 8, [&](const Tile& tile) {
     pack_bits(const_bytes_of(mask) + tile.a, panels.a.row, panels.a.k,
-                   bytes_of(bits) + tile.first_row * bits_row + tile.first_k / 8, bits_row, tile.rows, tile.k);
+              bytes_of(bits) + tile.first_row * bits_row + tile.first_k / 8, bits_row, tile.rows, tile.k);
   });
   return bits;
 }
@@ -23,13 +24,14 @@ Tensor pack_bits_cpu(const Tensor& mask, int64_t dim) {
 Tensor unpack_bits_cpu(const Tensor& bits, int64_t k, int64_t dim) {
   NMS_CHECK(bits.scalar_type() == ScalarType::Byte && bits.is_contiguous(), "bits must be contiguous uint8");
   NMS_CHECK(0 <= dim && dim < bits.dim(), "dim must be in [0, ", bits.dim(), "), got ", dim);
-  NMS_CHECK(k >= 0 && bits.size(bits.dim() - 1) == ceil_div(k, 8), "the last size of bits must be ceil(k / 8), k = ", k);
-  Tensor mask = new_empty(bits, moved_back(sizes_of(bits), dim, k), ScalarType::Bool);
+  NMS_CHECK(k >= 0 && bits.size(bits.dim() - 1) == ceil_div(k, 8),
+            "the last size of bits must be ceil(k / 8), k = ", k);
+  Tensor mask = on_huge_pages(new_empty(bits, moved_back(sizes_of(bits), dim, k), ScalarType::Bool));
   const Panels panels = make_panels(mask, nullptr, dim, 8);
   const int64_t bits_row = ceil_div(panels.k, 8);
   parallel_tiles(panels, 8, [&](const Tile& tile) {
-    unpack_bits(const_bytes_of(bits) + tile.first_row * bits_row + tile.first_k / 8, bits_row,
-                     bytes_of(mask) + tile.a, panels.a.row, panels.a.k, tile.rows, tile.k);
+    unpack_bits(const_bytes_of(bits) + tile.first_row * bits_row + tile.first_k / 8, bits_row, bytes_of(mask) + tile.a,
+                panels.a.row, panels.a.k, tile.rows, tile.k);
   });
   return mask;
 }
@@ -39,6 +41,7 @@ int log2_size(int64_t element) { return element == 1 ? 0 : element == 2 ? 1 : el
 void apply_into(const Tensor& w, const Tensor& bits, int64_t dim, const Tensor& out) {
   dtype_of(w, "w");
   check_bits(bits, w, dim);
+  check_writable(out, "w");
   const Panels panels = make_panels(w, &out, dim, 8);
   const int64_t element = static_cast<int64_t>(w.element_size());
   const int64_t bits_row = ceil_div(panels.k, 8);
@@ -60,7 +63,7 @@ void apply_into(const Tensor& w, const Tensor& bits, int64_t dim, const Tensor& 
 }
 
 Tensor apply_bits_cpu(const Tensor& w, const Tensor& bits, int64_t dim) {
-  Tensor out = new_like(w);
+  Tensor out = on_huge_pages(new_like(w));
   apply_into(w, bits, dim, out);
   return out;
 }
@@ -68,12 +71,13 @@ Tensor apply_bits_cpu(const Tensor& w, const Tensor& bits, int64_t dim) {
 void apply_bits_inplace_cpu(const Tensor& w, const Tensor& bits, int64_t dim) { apply_into(w, bits, dim, w); }
 
 void add_pruned_inplace_cpu(const Tensor& grad, const Tensor& w, const Tensor& bits, int64_t dim, double alpha,
-                 std::optional<Tensor> scale) {
+                            std::optional<Tensor> scale) {
   const DType grad_dtype = gradient_dtype_of(grad, "grad");
   const DType w_dtype = gradient_dtype_of(w, "w");
   check_same_shape(grad, w, "grad and w");
   check_same_device(grad, w, "grad and w");
   check_bits(bits, w, dim);
+  check_writable(grad, "grad");
   double factor = alpha;
   if (scale) {
     NMS_CHECK(scale->scalar_type() == ScalarType::Float && scale->numel() == 1 && scale->is_cpu(),

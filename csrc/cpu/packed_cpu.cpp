@@ -3,6 +3,7 @@
 #include <mutex>
 
 #include "../core/packed.h"
+#include "huge_pages.h"
 #include "kernels/kernels.h"
 #include "panels.h"
 
@@ -15,7 +16,7 @@ std::tuple<Tensor, Tensor> compress_cpu(const Tensor& w, int64_t n, int64_t m, i
   const PackedFormat format = packed_format(static_cast<int>(n), static_cast<int>(m));
   const int64_t groups = ceil_div(w.size(dim), m);
   const int64_t index_bytes = index_row_bytes(format, groups);
-  Tensor values = new_empty(w, moved_last(sizes_of(w), dim, groups * n), w.scalar_type());
+  Tensor values = on_huge_pages(new_empty(w, moved_last(sizes_of(w), dim, groups * n), w.scalar_type()));
   Tensor indices = new_empty(w, moved_last(sizes_of(w), dim, index_bytes), ScalarType::Byte);
 
   // Eight groups always fill whole index bytes, so tiles cut there; rows may be merged where their codes end on a byte.
@@ -70,17 +71,17 @@ Tensor decompress_cpu(const Tensor& values, const Tensor& indices, int64_t n, in
                 moved_last(sizes_of(values), values.dim() - 1, row_bytes) == sizes_of(indices),
             "values must have the shape of indices, with groups * n = ", groups * n, " as the last size");
 
-  Tensor dense = new_empty(values, moved_back(sizes_of(values), dim, k), values.scalar_type());
+  Tensor dense = on_huge_pages(new_empty(values, moved_back(sizes_of(values), dim, k), values.scalar_type()));
   const Panels panels = make_panels(dense, nullptr, dim, k + 1);  // rows stay rows: codes may end within a byte
   const int64_t element = static_cast<int64_t>(values.element_size());
   const PackedFormat format = packed_format(static_cast<int>(n), static_cast<int>(m));
   parallel_tiles(panels, 8 * m, [&](const Tile& tile) {
     const int64_t first_group = tile.first_k / m;
     decompress(static_cast<int>(element),
-                    const_bytes_of(values) + (tile.first_row * groups + first_group) * n * element, groups * n,
-                    const_bytes_of(indices) + tile.first_row * row_bytes + first_group * format.group_bits / 8,
-                    row_bytes, bytes_of(dense) + tile.a * element, panels.a.row, panels.a.k, tile.rows, tile.k,
-                    static_cast<int>(n), static_cast<int>(m));
+               const_bytes_of(values) + (tile.first_row * groups + first_group) * n * element, groups * n,
+               const_bytes_of(indices) + tile.first_row * row_bytes + first_group * format.group_bits / 8, row_bytes,
+               bytes_of(dense) + tile.a * element, panels.a.row, panels.a.k, tile.rows, tile.k, static_cast<int>(n),
+               static_cast<int>(m));
   });
   return dense;
 }
@@ -111,13 +112,12 @@ Tensor check_indices_cpu(const Tensor& indices, int64_t n, int64_t m, int64_t k)
   const int64_t row_bytes = indices.size(indices.dim() - 1);
   const int64_t rows = row_bytes == 0 ? 0 : indices.numel() / row_bytes;
   First first;
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kTileElements / std::max<int64_t>(1, k)),
-                              [&](int64_t begin, int64_t end) {
-                                const int64_t bad =
-                                    find_bad_indices(const_bytes_of(indices) + begin * row_bytes, row_bytes,
-                                                     end - begin, groups, static_cast<int>(n), static_cast<int>(m));
-                                if (bad >= 0) first.report(begin * groups + bad, 0);
-                              });
+  torch::stable::parallel_for(
+      0, rows, std::max<int64_t>(1, kTileElements / std::max<int64_t>(1, k)), [&](int64_t begin, int64_t end) {
+        const int64_t bad = find_bad_indices(const_bytes_of(indices) + begin * row_bytes, row_bytes, end - begin,
+                                             groups, static_cast<int>(n), static_cast<int>(m));
+        if (bad >= 0) first.report(begin * groups + bad, 0);
+      });
   Tensor out = new_empty(indices, {}, ScalarType::Long);
   *static_cast<int64_t*>(out.mutable_data_ptr()) = first.position();
   return out;
@@ -132,7 +132,7 @@ Tensor find_violation_cpu(const Tensor& w, int64_t n, int64_t m, int64_t dim, bo
   First first;
   parallel_tiles(panels, 8 * m, [&](const Tile& tile) {
     const Violation local = find_violation(dtype, const_bytes_of(w) + tile.a * element, panels.a.row, panels.a.k,
-                                                tile.rows, tile.k, static_cast<int>(n), static_cast<int>(m));
+                                           tile.rows, tile.k, static_cast<int>(n), static_cast<int>(m));
     if (local.group < 0) return;
     const int64_t tile_groups = ceil_div(tile.k, m);
     const int64_t row = tile.first_row + local.group / tile_groups;

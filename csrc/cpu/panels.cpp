@@ -40,8 +40,8 @@ Panels make_panels(const Tensor& a, const Tensor* b, int64_t dim, int64_t whole)
     panels.panels *= outer.size;
   }
 
-  const bool end_to_end = panels.a.k == 1 && panels.a.row == panels.k &&
-                          (!b || (panels.b.k == 1 && panels.b.row == panels.k));
+  const bool end_to_end =
+      panels.a.k == 1 && panels.a.row == panels.k && (!b || (panels.b.k == 1 && panels.b.row == panels.k));
   if (panels.panels == 1 && panels.rows > 1 && end_to_end && panels.k % whole == 0) {
     panels.k *= panels.rows;
     panels.rows = 1;

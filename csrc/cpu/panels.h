@@ -18,11 +18,14 @@ namespace nms {
 
 constexpr int64_t kTileElements = 16384;  // 64 KiB of float32: in and out stay within a core's second-level cache
 
+// Less than this is done sooner than a second thread is awake.
+constexpr int64_t kGrainElements = 4 * kTileElements;
+
 // Outputs of at least this many bytes are written past the cache: they would not survive in it until they are read,
 // and a write without reading the line first saves a third of the traffic.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
-struct Operand {  // a strided tensor of the common shape; strides in elements
+struct Operand {               // a strided tensor of the common shape; strides in elements
   std::vector<int64_t> outer;  // per outer dim
   int64_t row = 0, k = 0;
 };
@@ -54,6 +57,9 @@ class Tiling {
   int64_t size() const { return panels_.panels * row_tiles_ * k_tiles_; }
   Tile operator[](int64_t index) const;
 
+  // Tiles that are worth a thread of their own.
+  int64_t grain() const { return ceil_div(kGrainElements, tile_rows_ * tile_k_); }
+
  private:
   const Panels& panels_;
   int64_t tile_rows_, tile_k_, row_tiles_, k_tiles_;
@@ -64,7 +70,7 @@ template <class Fn>
 void parallel_tiles(const Panels& panels, int64_t unit, const Fn& fn) {
   if (panels.empty()) return;
   const Tiling tiles(panels, unit);
-  torch::stable::parallel_for(0, tiles.size(), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tiles.size(), tiles.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) fn(tiles[i]);
   });
 }

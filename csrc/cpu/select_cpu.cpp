@@ -1,4 +1,5 @@
 // prune, mask_bits, transposable_bits: choosing what is kept.
+#include "huge_pages.h"
 #include "kernels/kernels.h"
 #include "panels.h"
 
@@ -39,19 +40,16 @@ void select_into(const Tensor& w, int64_t n, int64_t m, int64_t dim, const Tenso
 
 std::tuple<Tensor, Tensor> prune_cpu(const Tensor& w, int64_t n, int64_t m, int64_t dim, bool pad) {
   check_grouping(w, n, m, dim, pad);
-  Tensor out = new_like(w);
+  Tensor out = on_huge_pages(new_like(w));
   Tensor bits = new_bits(w, dim);
   select_into(w, n, m, dim, &out, &bits);
   return {out, bits};
 }
 
 void prune_out_cpu(const Tensor& w, int64_t n, int64_t m, int64_t dim, bool pad, const Tensor& out,
-               std::optional<Tensor> bits) {
+                   std::optional<Tensor> bits) {
   check_grouping(w, n, m, dim, pad);
-  check_same_shape(w, out, "w and out");
-  check_same_device(w, out, "w and out");
-  NMS_CHECK(w.scalar_type() == out.scalar_type(), "w and out must have the same dtype");
-  if (bits) check_bits(*bits, w, dim);
+  check_prune_outputs(w, out, bits, dim);
   select_into(w, n, m, dim, &out, bits ? &*bits : nullptr);
 }
 
@@ -67,8 +65,7 @@ Tensor mask_bits_cpu(const Tensor& w, int64_t n, int64_t m, int64_t dim, bool pa
 }
 
 Tensor transposable_bits_cpu(const Tensor& w) {
-  NMS_CHECK(w.dim() == 2 && w.size(0) % 4 == 0 && w.size(1) % 4 == 0,
-            "w must be 2-D with both sizes multiples of 4");
+  NMS_CHECK(w.dim() == 2 && w.size(0) % 4 == 0 && w.size(1) % 4 == 0, "w must be 2-D with both sizes multiples of 4");
   const DType dtype = dtype_of(w, "w");
   Tensor bits = new_bits(w, 1);
   const int64_t cols = w.size(1);

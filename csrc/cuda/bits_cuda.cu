@@ -1,5 +1,5 @@
 // pack_bits, unpack_bits, apply_bits, add_pruned_, sad: working with packed masks.
-#include "../cpu/kernels/dtype_switch.h"
+#include "../core/dtype_switch.h"
 #include "cuda_utils.h"
 #include "kernels/bits.cuh"
 #include "kernels/reduce.cuh"
@@ -54,6 +54,7 @@ void apply_elements(const Tensor& w, const Tensor& bits, const Layout& layout, c
 void apply_into(const Tensor& w, const Tensor& bits, int64_t dim, const Tensor& out) {
   dtype_of(w, "w");
   check_bits(bits, w, dim);
+  check_writable(out, "w");
   const Layout layout = layout_of(w, &out, dim, 8);
   if (layout.empty()) return;
   const OnDevice device(w);
@@ -89,6 +90,7 @@ void add_pruned_inplace_cuda(const Tensor& grad, const Tensor& w, const Tensor& 
   check_same_shape(grad, w, "grad and w");
   check_same_device(grad, w, "grad and w");
   check_bits(bits, w, dim);
+  check_writable(grad, "grad");
   if (scale) {
     NMS_CHECK(scale->scalar_type() == ScalarType::Float && scale->numel() == 1, "scale must be one float32");
     check_same_device(grad, *scale, "grad and scale");

@@ -1,5 +1,5 @@
 // compress, decompress, check_indices, find_violation: the packed form, and the checks before it is trusted.
-#include "../cpu/kernels/dtype_switch.h"
+#include "../core/dtype_switch.h"
 #include "cuda_utils.h"
 #include "kernels/compress.cuh"
 #include "kernels/decompress.cuh"

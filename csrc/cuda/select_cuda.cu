@@ -1,5 +1,5 @@
 // prune, mask_bits: choosing what is kept.
-#include "../cpu/kernels/dtype_switch.h"
+#include "../core/dtype_switch.h"
 #include "cuda_utils.h"
 #include "kernels/select.cuh"
 
@@ -44,10 +44,7 @@ std::tuple<Tensor, Tensor> prune_cuda(const Tensor& w, int64_t n, int64_t m, int
 void prune_out_cuda(const Tensor& w, int64_t n, int64_t m, int64_t dim, bool pad, const Tensor& out,
                     std::optional<Tensor> bits) {
   check_grouping(w, n, m, dim, pad);
-  check_same_shape(w, out, "w and out");
-  check_same_device(w, out, "w and out");
-  NMS_CHECK(w.scalar_type() == out.scalar_type(), "w and out must have the same dtype");
-  if (bits) check_bits(*bits, w, dim);
+  check_prune_outputs(w, out, bits, dim);
   select_into(w, n, m, dim, &out, bits ? &*bits : nullptr);
 }
 

@@ -1,5 +1,5 @@
 // transposable_bits: the best 2:4 mask in rows and columns.
-#include "../cpu/kernels/dtype_switch.h"
+#include "../core/dtype_switch.h"
 #include "cuda_utils.h"
 #include "kernels/transposable.cuh"
 

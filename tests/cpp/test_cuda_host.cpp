@@ -9,7 +9,7 @@
 #include "check.h"
 #include "core/dtype.h"
 #include "core/select.h"
-#include "cpu/kernels/dtype_switch.h"
+#include "core/dtype_switch.h"
 #include "cuda/kernels/select.cuh"
 #include "cuda_host.h"
 

@@ -14,7 +14,7 @@
 #include "core/packed.h"
 #include "core/select.h"
 #include "core/transposable.h"
-#include "cpu/kernels/dtype_switch.h"
+#include "core/dtype_switch.h"
 #include "cuda/kernels/bits.cuh"
 #include "cuda/kernels/compress.cuh"
 #include "cuda/kernels/decompress.cuh"

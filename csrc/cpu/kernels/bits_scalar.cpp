@@ -1,6 +1,6 @@
 // Packed masks to and from bytes, and the SR-STE term on the weights that a mask prunes.
 #include "../../core/convert.h"
-#include "dtype_switch.h"
+#include "../../core/dtype_switch.h"
 #include "kernels.h"
 
 namespace nms {

@@ -1,7 +1,7 @@
 // Reading packed weights, and checking weights and indices before anything trusts them.
 #include "../../core/bits.h"
 #include "../../core/packed.h"
-#include "dtype_switch.h"
+#include "../../core/dtype_switch.h"
 #include "kernels.h"
 
 namespace nms {

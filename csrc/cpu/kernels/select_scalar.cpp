@@ -3,7 +3,7 @@
 
 #include "../../core/bits.h"
 #include "../../core/packed.h"
-#include "dtype_switch.h"
+#include "../../core/dtype_switch.h"
 #include "group_masks.h"
 #include "kernels.h"
 

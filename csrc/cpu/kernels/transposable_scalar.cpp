@@ -3,7 +3,7 @@
 #include "../../core/transposable.h"
 
 #include "../../core/convert.h"
-#include "dtype_switch.h"
+#include "../../core/dtype_switch.h"
 #include "kernels.h"
 
 namespace nms {
