@@ -22,7 +22,7 @@
 
 #include "simd_pack_vbmi2.h"
 
-NMS_TARGET_REGION("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,popcnt")
+NMS_TARGET_REGION(NMS_AVX512)
 
 namespace nms {
 namespace {

@@ -3,7 +3,7 @@
 // Note    Has a target region of its own: kernels_avx512.cpp must not need VBMI2, and asks the processor for it.
 #pragma once
 
-NMS_TARGET_REGION("avx512f,avx512bw,avx512vl,avx512vbmi2,bmi,bmi2,popcnt")
+NMS_TARGET_REGION(NMS_AVX512_VBMI2)
 
 namespace nms {
 namespace {

@@ -23,5 +23,14 @@
 #define NMS_UNROLL _Pragma("GCC unroll 32")
 #endif
 
+// Clang 18 to 20 want 512-bit registers asked for by name, other compilers do not know the name.
+#if defined(__clang__) && __clang_major__ >= 18 && __clang_major__ <= 20
+#define NMS_AVX512 "evex512,avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,popcnt"
+#define NMS_AVX512_VBMI2 "evex512,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx2,bmi,bmi2,popcnt"
+#else
+#define NMS_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,popcnt"
+#define NMS_AVX512_VBMI2 "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx2,bmi,bmi2,popcnt"
+#endif
+
 // Networks over arrays of vectors only stay in registers when every step is inlined into one function.
 #define NMS_INLINE inline __attribute__((always_inline))
