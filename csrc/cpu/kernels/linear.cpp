@@ -2,6 +2,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace nms {
 namespace {
@@ -9,6 +10,90 @@ namespace {
 constexpr int kTileRows[] = {1, 4, 8, kMaxTileRows};  // for which there are kernels
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t sum_size(const LinearProblem& problem) {
+  return problem.element_size == int{sizeof(double)} ? int64_t{sizeof(double)} : int64_t{sizeof(float)};
+}
+
+// Some panels times some tiles.
+class Block {
+ public:
+  Block(const LinearProblem& problem, int64_t index, void* sums)
+      : p_(problem),
+        layout_(problem.layout),
+        kernels_(*problem.kernels),
+        tiles_(problem.batch, kernels_.max_tile_rows(layout_)),
+        sums_(static_cast<uint8_t*>(sums)) {
+    const int64_t batch_blocks = ceil_div(tiles_.count(), p_.block_tiles);
+    first_panel_ = index / batch_blocks * p_.block_panels;
+    panels_ = std::min(p_.block_panels, p_.panels - first_panel_);
+    first_tile_ = index % batch_blocks * p_.block_tiles;
+    last_tile_ = std::min(first_tile_ + p_.block_tiles, tiles_.count());
+  }
+
+  void run() {
+    std::memset(sums_, 0, static_cast<size_t>(sums_of(last_tile_ - 1, panels_) - sums_));
+    for (int64_t step = 0; step < layout_.steps; step += p_.block_steps)
+      for (int64_t tile = first_tile_; tile < last_tile_; ++tile) multiply(step, tile);
+    for (int64_t tile = first_tile_; tile < last_tile_; ++tile) store(tile);
+  }
+
+ private:
+  // Sums lie [tile, panel, tile rows, 16].
+  uint8_t* sums_of(int64_t tile, int64_t panel) const {
+    const int64_t before = (tiles_.first_row(tile) - tiles_.first_row(first_tile_)) * panels_;
+    return sums_ + (before + panel * tiles_.tile_rows(tile)) * kPanelRows * sum_size(p_);
+  }
+
+  // Adds what the steps from `step` on give for all panels and one tile.
+  void multiply(int64_t step, int64_t tile) {
+    const int64_t slot = step * layout_.slots;
+    LinearTile t;
+    t.layout = &layout_;
+    t.steps = std::min(p_.block_steps, layout_.steps - step);
+    t.values_panel = layout_.panel_values() * p_.element_size;
+    t.indices_panel = layout_.panel_words();
+    t.first_field = static_cast<int>(slot % layout_.fields);
+    const int tile_rows = tiles_.tile_rows(tile);
+    t.x = static_cast<const uint8_t*>(p_.packed_x) + tiles_.first_row(tile) * packed_row_bytes(kernels_, layout_) +
+          step * tile_rows * layout_.halves * kWindowInputs * kernels_.input_bytes;
+    const uint8_t* values = static_cast<const uint8_t*>(p_.values) + first_panel_ * t.values_panel +
+                            slot * layout_.slot_values() * p_.element_size;
+    const uint32_t* indices = p_.indices + first_panel_ * t.indices_panel + layout_.word_of(slot) * kPanelRows;
+    const uint8_t* next_values = values + t.steps * layout_.slots * layout_.slot_values() * p_.element_size;
+    for (int64_t panel = 0; panel < panels_;) {
+      const LinearTileKernel kernel = kernels_.tile(layout_, tile_rows, panels_ - panel);
+      t.values = values + panel * t.values_panel;
+      t.indices = indices + panel * t.indices_panel;
+      t.sums = sums_of(tile, panel);
+      panel += kernel.panels;
+      t.early = panel < panels_ ? values + panel * t.values_panel : next_values;
+      kernel.run(t);
+    }
+  }
+
+  void store(int64_t tile) const {
+    StoreSums s;
+    s.y_row = p_.rows;
+    s.rows = tiles_.rows(tile);
+    s.activation = p_.activation;
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      const int64_t output = (first_panel_ + panel) * kPanelRows;
+      s.sums = sums_of(tile, panel);
+      s.bias = p_.bias ? static_cast<const uint8_t*>(p_.bias) + output * p_.element_size : nullptr;
+      s.y = static_cast<uint8_t*>(p_.y) + (tiles_.first_row(tile) * p_.rows + output) * p_.element_size;
+      s.outputs = static_cast<int>(std::min<int64_t>(kPanelRows, p_.rows - output));
+      kernels_.store(s);
+    }
+  }
+
+  const LinearProblem& p_;
+  const PanelLayout& layout_;
+  const LinearKernels& kernels_;
+  const BatchTiles tiles_;
+  uint8_t* sums_;
+  int64_t first_panel_, panels_, first_tile_, last_tile_;
+};
 
 }  // namespace
 
@@ -25,79 +110,39 @@ int64_t packed_row_bytes(const LinearKernels& kernels, const PanelLayout& layout
 }
 
 void choose_blocks(LinearProblem& problem, int64_t threads) {
-  constexpr int64_t kFirstCache = 24 << 10;    // of x; the rest is for values on their way
-  constexpr int64_t kSecondCache = 384 << 10;  // of weights, which stay while tile after tile passes by
+  // Bytes of x. With one or two slots a window, x is read nearly as often as it is used and must stay in the first
+  // cache, together with the values on their way. Otherwise several slots share each read, and the second will do.
+  constexpr int64_t kFewSlots = 16 << 10, kOneTile = 24 << 10, kManyTiles = 64 << 10;
+  // What stays in the second cache while tile after tile passes by.
+  constexpr int64_t kWeights = 256 << 10, kSums = 128 << 10;
   const PanelLayout& layout = problem.layout;
   const BatchTiles tiles(problem.batch, problem.kernels->max_tile_rows(layout));
-  const int64_t step_bytes =
-      std::max<int64_t>(1, tiles.tile_rows(0) * layout.halves * kWindowInputs * problem.kernels->input_bytes);
-  // Steps end with a word of indices only after `unroll` of them; an odd number of slots never ends with a word
-  // soon, but its kernels can begin within one.
-  problem.block_steps = std::max<int64_t>(1, kFirstCache / step_bytes / layout.unroll) * layout.unroll;
-  const int64_t panel_bytes = std::max<int64_t>(
-      1, layout.panel_values() * problem.element_size + layout.panel_words() * int64_t{sizeof(uint32_t)});
-  const int64_t fitting = std::clamp<int64_t>(kSecondCache / panel_bytes, 1, kMaxBlockPanels);
+  const int64_t tile_rows = tiles.tile_rows(0);
+
+  const int64_t step_inputs = tile_rows * layout.halves * kWindowInputs * problem.kernels->input_bytes;
+  const int64_t x_bytes = layout.slots <= 2 ? kFewSlots : tiles.count() == 1 ? kOneTile : kManyTiles;
+  problem.block_steps = std::max<int64_t>(1, x_bytes / step_inputs / layout.unroll) * layout.unroll;
+
+  const int64_t steps = std::min(problem.block_steps, std::max<int64_t>(1, layout.steps));
+  const int64_t weight_bytes = steps * layout.slots * layout.slot_values() * problem.element_size;
+  const int64_t fitting = std::clamp<int64_t>(kWeights / weight_bytes, 1, kMaxBlockPanels);
+  const int64_t sum_bytes = fitting * tile_rows * kPanelRows * sum_size(problem);
+  problem.block_tiles = std::clamp<int64_t>(kSums / sum_bytes, 1, tiles.count());
   // Several blocks per thread, so that one that is held up does not hold up all.
-  const int64_t share = ceil_div(problem.panels * tiles.count(), 4 * std::max<int64_t>(1, threads) * tiles.count());
+  const int64_t batch_blocks = ceil_div(tiles.count(), problem.block_tiles);
+  const int64_t share = ceil_div(problem.panels * batch_blocks, 4 * std::max<int64_t>(1, threads));
   problem.block_panels = std::clamp<int64_t>(share, std::min<int64_t>(2, fitting), fitting);
 }
 
 int64_t block_count(const LinearProblem& problem) {
   const BatchTiles tiles(problem.batch, problem.kernels->max_tile_rows(problem.layout));
-  return ceil_div(problem.panels, problem.block_panels) * tiles.count();
+  return ceil_div(problem.panels, problem.block_panels) * ceil_div(tiles.count(), problem.block_tiles);
 }
 
-void multiply_block(const LinearProblem& problem, int64_t index) {
-  const PanelLayout& layout = problem.layout;
-  const LinearKernels& kernels = *problem.kernels;
-  const BatchTiles tiles(problem.batch, kernels.max_tile_rows(layout));
-  const int64_t tile = index % tiles.count();
-  const int64_t first_panel = index / tiles.count() * problem.block_panels;
-  const int64_t panels = std::min(problem.block_panels, problem.panels - first_panel);
-  const int tile_rows = tiles.tile_rows(tile);
-
-  const int64_t sum_bytes = problem.element_size == 8 ? 8 : 4;
-  const int64_t panel_sum_bytes = tile_rows * kPanelRows * sum_bytes;
-  alignas(64) uint8_t sums[kMaxBlockPanels * kMaxTileRows * kPanelRows * sizeof(double)];
-  std::fill_n(sums, panels * panel_sum_bytes, uint8_t{0});
-
-  const int64_t step_values = layout.slots * layout.slot_values() * problem.element_size;
-  const int64_t step_inputs = tile_rows * layout.halves * kWindowInputs * kernels.input_bytes;
-  const uint8_t* x = static_cast<const uint8_t*>(problem.packed_x) +
-                     tiles.first_row(tile) * packed_row_bytes(kernels, layout);
-  LinearTile t;
-  t.layout = &layout;
-  t.values_panel = layout.panel_values() * problem.element_size;
-  t.indices_panel = layout.panel_words();
-  for (int64_t step = 0; step < layout.steps; step += problem.block_steps) {
-    t.steps = std::min(problem.block_steps, layout.steps - step);
-    t.x = x + step * step_inputs;
-    t.first_field = static_cast<int>(step * layout.slots % layout.fields);
-    const int64_t first_word = layout.word_of(step * layout.slots);
-    for (int64_t panel = 0; panel < panels;) {
-      const LinearTileKernel kernel = kernels.tile(layout, tile_rows, panels - panel);
-      t.values = static_cast<const uint8_t*>(problem.values) + (first_panel + panel) * t.values_panel +
-                 step * step_values;
-      t.indices = problem.indices + (first_panel + panel) * t.indices_panel + first_word * kPanelRows;
-      t.sums = sums + panel * panel_sum_bytes;
-      kernel.run(t);
-      panel += kernel.panels;
-    }
-  }
-
-  StoreSums s;
-  s.y_row = problem.rows;
-  s.rows = tiles.rows(tile);
-  s.activation = problem.activation;
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    const int64_t first_output = (first_panel + panel) * kPanelRows;
-    s.sums = sums + panel * panel_sum_bytes;
-    s.bias = problem.bias ? static_cast<const uint8_t*>(problem.bias) + first_output * problem.element_size : nullptr;
-    s.y = static_cast<uint8_t*>(problem.y) +
-          (tiles.first_row(tile) * problem.rows + first_output) * problem.element_size;
-    s.outputs = static_cast<int>(std::min<int64_t>(kPanelRows, problem.rows - first_output));
-    kernels.store(s);
-  }
+int64_t block_sum_bytes(const LinearProblem& problem) {
+  return problem.block_panels * problem.block_tiles * kMaxTileRows * kPanelRows * sum_size(problem);
 }
+
+void multiply_block(const LinearProblem& problem, int64_t index, void* sums) { Block(problem, index, sums).run(); }
 
 }  // namespace nms

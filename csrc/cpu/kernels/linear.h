@@ -18,7 +18,7 @@ namespace nms {
 enum class Activation : int { kNone, kRelu, kGelu, kSilu };
 
 constexpr int kMaxTileRows = 16;
-constexpr int kMaxBlockPanels = 16;
+constexpr int kMaxBlockPanels = 32;
 
 // A tile's rows of x times some panels, over some steps; the sums are continued.
 struct LinearTile {
@@ -28,6 +28,7 @@ struct LinearTile {
   int first_field;          // its place in that word
   int64_t indices_panel;    // words between panels
   const void* x;            // [steps, tile rows, inputs of a step]
+  const void* early;        // the values to be used next, to be fetched meanwhile; of as many panels and steps
   int64_t steps;            // a multiple of the layout's unroll
   void* sums;               // [panels, tile rows, 16] float; double for float64
   const PanelLayout* layout;
@@ -95,8 +96,9 @@ struct LinearProblem {
   void* y;                 // [batch, rows]
   int element_size;        // of values, bias and y
   Activation activation;
-  int64_t block_panels;    // panels of a block
-  int64_t block_steps;     // steps after which the next panel's turn comes: that much of x stays in the first cache
+  int64_t block_panels;    // of a block
+  int64_t block_tiles;
+  int64_t block_steps;     // steps after which the next panel has its turn, so that what all need stays in the caches
 };
 
 // Cuts a batch into tiles.
@@ -120,7 +122,9 @@ int64_t packed_row_bytes(const LinearKernels& kernels, const PanelLayout& layout
 void choose_blocks(LinearProblem& problem, int64_t threads);
 int64_t block_count(const LinearProblem& problem);
 
-// One block of panels times one tile; index in [0, block_count).
-void multiply_block(const LinearProblem& problem, int64_t index);
+int64_t block_sum_bytes(const LinearProblem& problem);
+
+// One block of panels times one block of tiles; index in [0, block_count), sums [block_sum_bytes] of any content.
+void multiply_block(const LinearProblem& problem, int64_t index, void* sums);
 
 }  // namespace nms

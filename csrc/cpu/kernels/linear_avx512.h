@@ -12,13 +12,18 @@
 
 constexpr int kSlotGroupSize = 4;
 
-NMS_INLINE void prefetch(const void* p, int bytes_ahead) {
-  _mm_prefetch(static_cast<const char*>(p) + bytes_ahead, _MM_HINT_T0);
-}
+NMS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // (words & mask) | start: a field cut out and moved to its group, in one instruction.
 NMS_INLINE __m512i masked_or(__m512i words, __m512i mask, __m512i start) {
   return _mm512_ternarylogic_epi32(words, mask, start, 0xEA);
+}
+
+// Keeps compilers from reading memory once more for every use of v.
+template <class Vector>
+NMS_INLINE Vector in_register(Vector v) {
+  asm("" : "+v"(v));
+  return v;
 }
 
 struct Sums512 {
@@ -42,6 +47,35 @@ struct Sums512 {
   }
 };
 
+template <>
+struct Conversion<DType::kFloat16> {
+  static NMS_INLINE void widen(const uint16_t* in, float* out) {
+    _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in))));
+  }
+  static NMS_INLINE void narrow(const float* in, uint16_t* out) {
+    const __m256i halves = _mm512_cvtps_ph(_mm512_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), halves);
+  }
+};
+
+template <>
+struct Conversion<DType::kBFloat16> {
+  static NMS_INLINE void widen(const uint16_t* in, float* out) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
+    _mm512_storeu_si512(out, _mm512_slli_epi32(wide, 16));
+  }
+  static NMS_INLINE void narrow(const float* in, uint16_t* out) {  // as core/convert.h, sixteen at once
+    const __m512i bits = _mm512_loadu_si512(in);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512 v = _mm512_castsi512_ps(bits);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __m512i chosen = _mm512_mask_mov_epi32(rounded, nan, quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+  }
+};
+
 // One window of float32 inputs.
 struct Lookup512 : Sums512 {
   static constexpr int kHalves = 1;
@@ -54,7 +88,7 @@ struct Lookup512 : Sums512 {
   using Input = __m512;
 
   static NMS_INLINE Words words(const uint32_t* p) { return _mm512_loadu_si512(p); }
-  static NMS_INLINE Input input(const void* p) { return _mm512_loadu_ps(p); }
+  static NMS_INLINE Input input(const void* p) { return in_register(_mm512_loadu_ps(p)); }
 
   template <class Slots, int kSlot, int kShift>
   static NMS_INLINE Index index(Words words) {
@@ -103,7 +137,7 @@ struct BFloat16 : Sums512 {
   static NMS_INLINE Words words(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static NMS_INLINE Input input(const void* p) {
     const float* windows = static_cast<const float*>(p);
-    return {_mm512_loadu_ps(windows), _mm512_loadu_ps(windows + kWindowInputs)};
+    return {in_register(_mm512_loadu_ps(windows)), in_register(_mm512_loadu_ps(windows + kWindowInputs))};
   }
   static NMS_INLINE Value value(const void* p) {
     const __m512i both = _mm512_loadu_si512(p);

@@ -18,7 +18,7 @@ struct BFloat16Dot : Sums512 {
   static constexpr int kSecondWindow = kWindowInputs << 16;  // the high halves look into the upper 16 places
 
   static NMS_INLINE Words words(const uint32_t* p) { return _mm512_loadu_si512(p); }
-  static NMS_INLINE Input input(const void* p) { return _mm512_loadu_si512(p); }
+  static NMS_INLINE Input input(const void* p) { return in_register(_mm512_loadu_si512(p)); }
   static NMS_INLINE Value value(const void* p) { return _mm512_loadu_si512(p); }
 
   template <class Slots, int kSlot, int kShift>

@@ -4,25 +4,34 @@
 // Note    Included inside a target region (or none, for the scalar kernels), before linear_table.h.
 #pragma once
 
+// Sixteen numbers between an element type and the type of its arithmetic. Instruction sets specialise it.
+template <DType D>
+struct Conversion {
+  using Bits = typename Element<D>::Bits;
+  using Number = typename Arithmetic<D>::Type;
+
+  static NMS_INLINE void widen(const Bits* in, Number* out) {
+    for (int i = 0; i < kPanelRows; ++i) out[i] = to_arithmetic<D>(in[i]);
+  }
+  static NMS_INLINE void narrow(const Number* in, Bits* out) {
+    for (int i = 0; i < kPanelRows; ++i) out[i] = from_arithmetic<D>(in[i]);
+  }
+};
+
 // ---- x ----
 
 template <DType D, class Packed>
-NMS_INLINE Packed pack_one(typename Element<D>::Bits bits) {
-  if constexpr (std::is_same_v<Packed, typename Element<D>::Bits>) {
-    return bits;  // bfloat16 for dot products
-  } else {
-    return to_arithmetic<D>(bits);
-  }
-}
-
-template <DType D, class Packed>
 NMS_INLINE void pack_window(const typename Element<D>::Bits* x, int64_t x_k, int count, Packed* packed) {
-  if (count == kWindowInputs && x_k == 1) {
-    for (int i = 0; i < kWindowInputs; ++i) packed[i] = pack_one<D, Packed>(x[i]);
-    return;
+  using Bits = typename Element<D>::Bits;
+  if (count < kWindowInputs || x_k != 1) {
+    Bits gathered[kWindowInputs] = {};
+    for (int i = 0; i < count; ++i) gathered[i] = x[i * x_k];
+    pack_window<D, Packed>(gathered, 1, kWindowInputs, packed);
+  } else if constexpr (std::is_same_v<Packed, Bits> || D == DType::kFloat32 || D == DType::kFloat64) {
+    std::memcpy(packed, x, kWindowInputs * sizeof(Packed));
+  } else {
+    Conversion<D>::widen(x, packed);
   }
-  for (int i = 0; i < count; ++i) packed[i] = pack_one<D, Packed>(x[i * x_k]);
-  for (int i = count; i < kWindowInputs; ++i) packed[i] = Packed{};
 }
 
 // Packed is the element of packed tiles: float, double, or the 16 bits of a bfloat16.
@@ -30,15 +39,16 @@ template <DType D, class Packed>
 void pack_input(const PackInput& p) {
   using Bits = typename Element<D>::Bits;
   const int window = p.layout->window, halves = p.layout->halves;
-  Packed* packed = static_cast<Packed*>(p.packed) + p.first_step * p.tile_rows * halves * kWindowInputs;
-  for (int64_t step = p.first_step; step < p.last_step; ++step) {
-    for (int row = 0; row < p.tile_rows; ++row) {
+  // Row by row: x is read as it lies; what is written stays in the cache from one row to the next.
+  for (int row = 0; row < p.tile_rows; ++row) {
+    const Bits* x = static_cast<const Bits*>(p.x) + (row < p.rows ? row * p.x_row : 0);
+    for (int64_t step = p.first_step; step < p.last_step; ++step) {
+      Packed* packed = static_cast<Packed*>(p.packed) + (step * p.tile_rows + row) * halves * kWindowInputs;
       for (int half = 0; half < halves; ++half, packed += kWindowInputs) {
         const int64_t first = (step * halves + half) * window;
         const int64_t left = row < p.rows ? p.k - first : 0;
         const int count = static_cast<int>(left < 0 ? 0 : left < window ? left : window);
-        const Bits* x = static_cast<const Bits*>(p.x) + (count > 0 ? row * p.x_row + first * p.x_k : 0);
-        pack_window<D, Packed>(x, p.x_k, count, packed);
+        pack_window<D, Packed>(count > 0 ? x + first * p.x_k : x, p.x_k, count, packed);
       }
     }
   }
@@ -100,12 +110,15 @@ NMS_INLINE void store_rows(const StoreSums& s) {
   for (int64_t row = 0; row < s.rows; ++row) {
     const Sum* sums = static_cast<const Sum*>(s.sums) + row * kPanelRows;
     Bits* y = static_cast<Bits*>(s.y) + row * s.y_row;
-    Bits out[kPanelRows];
-    for (int i = 0; i < kPanelRows; ++i) out[i] = from_arithmetic<D>(activate<A>(sums[i] + bias[i]));
-    if (s.outputs == kPanelRows)
-      std::memcpy(y, out, sizeof(out));
-    else
-      std::memcpy(y, out, static_cast<size_t>(s.outputs) * sizeof(Bits));
+    Sum out[kPanelRows];
+    for (int i = 0; i < kPanelRows; ++i) out[i] = activate<A>(sums[i] + bias[i]);
+    if (s.outputs == kPanelRows) {
+      Conversion<D>::narrow(out, y);
+    } else {
+      Bits some[kPanelRows];
+      Conversion<D>::narrow(out, some);
+      std::memcpy(y, some, static_cast<size_t>(s.outputs) * sizeof(Bits));
+    }
   }
 }
 

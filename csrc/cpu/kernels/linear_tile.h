@@ -40,8 +40,7 @@ struct Tile {
   // A sum must wait for its previous addition; few rows need several sums each to keep the multipliers busy.
   static constexpr int kChains = kRows * kPanels >= 4 ? 1 : 4 / (kRows * kPanels);
   static constexpr int kStepValueBytes = kSlots * Format::kValueBytes;
-  // The value stream comes from far away, and its prefetcher in hardware does not run far enough ahead.
-  static constexpr int kPrefetchBytes = kRows == 1 ? 0 : 3072;
+  static constexpr bool kPrefetches = kRows > 1;  // a single row waits for nothing but the value stream
 
   using Vec = typename Format::Vec;
 
@@ -57,9 +56,9 @@ struct Tile {
       }
     }
 
-    const uint8_t* values = static_cast<const uint8_t*>(t.values);
+    Place at{static_cast<const uint8_t*>(t.values), t.values_panel, static_cast<const uint8_t*>(t.x),
+             static_cast<const uint8_t*>(t.early)};
     const uint32_t* indices = t.indices;
-    const uint8_t* x = static_cast<const uint8_t*>(t.x);
     for (int64_t step = 0; step < t.steps; step += kSteps) {
       typename Format::Words words[kPanels][kWords];
       NMS_UNROLL
@@ -68,11 +67,11 @@ struct Tile {
         for (int i = 0; i < kWords; ++i)
           words[p][i] = Format::words(indices + p * t.indices_panel + i * kPanelRows);
       }
-      steps_of_words(std::make_integer_sequence<int, kSteps * kSlots / kGroup>{}, words, values, t.values_panel, x,
-                     sums);
-      values += kSteps * kStepValueBytes;
+      steps_of_words(std::make_integer_sequence<int, kSteps * kSlots / kGroup>{}, words, at, sums);
       indices += kWords * kPanelRows;
-      x += kSteps * kRows * Format::kInputBytes;
+      at.values += kSteps * kStepValueBytes;
+      at.early += kSteps * kStepValueBytes;
+      at.x += kSteps * kRows * Format::kInputBytes;
     }
 
     NMS_UNROLL
@@ -87,41 +86,47 @@ struct Tile {
   }
 
  private:
+  struct Place {
+    const uint8_t* values;
+    int64_t values_panel;
+    const uint8_t* x;
+    const uint8_t* early;  // values to be fetched
+  };
   using Sums = Vec[kPanels][kRows][kChains];
   using WordTable = typename Format::Words[kPanels][kWords];
 
   // One after the other, every group of slots with its number as a constant: shifts must be immediates.
   template <int... kGroups>
   static NMS_INLINE void steps_of_words(std::integer_sequence<int, kGroups...>, const WordTable& words,
-                                        const uint8_t*& values, int64_t values_panel, const uint8_t* x, Sums& sums) {
-    (slot_group<kGroups * kGroup>(std::make_integer_sequence<int, kGroup>{}, words, values, values_panel, x, sums), ...);
+                                        Place& at, Sums& sums) {
+    (slot_group<kGroups * kGroup>(std::make_integer_sequence<int, kGroup>{}, words, at, sums), ...);
   }
 
   // Slots kFirst, ..., kFirst + kGroup - 1, counted from the start of the words; all in one step.
   template <int kFirst, int... kOffsets>
   static NMS_INLINE void slot_group(std::integer_sequence<int, kOffsets...>, const WordTable& words,
-                                    const uint8_t*& values, int64_t values_panel, const uint8_t* x, Sums& sums) {
+                                    Place& at, Sums& sums) {
     typename Format::Value value[kPanels][kGroup];
     typename Format::Index index[kPanels][kGroup];
     NMS_UNROLL
     for (int p = 0; p < kPanels; ++p) {
-      ((value[p][kOffsets] = Format::value(values + p * values_panel + (kFirst + kOffsets) * Format::kValueBytes),
+      ((value[p][kOffsets] = Format::value(at.values + p * at.values_panel + (kFirst + kOffsets) * Format::kValueBytes),
         index[p][kOffsets] = index_of<kFirst + kOffsets>(words[p])),
        ...);
     }
-    const uint8_t* window = x + kFirst / kSlots * kRows * Format::kInputBytes;
+    const uint8_t* window = at.x + kFirst / kSlots * kRows * Format::kInputBytes;
     NMS_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const typename Format::Input input = Format::input(window + r * Format::kInputBytes);
-      if (r < kGroup * kPanels && kPrefetchBytes > 0)
-        prefetch(values + r % kPanels * values_panel + (kFirst + r / kPanels) * Format::kValueBytes, kPrefetchBytes);
+      if (kPrefetches && r < kGroup * kPanels)
+        prefetch(at.early + r % kPanels * at.values_panel + (kFirst + r / kPanels) * Format::kValueBytes);
       NMS_UNROLL
       for (int p = 0; p < kPanels; ++p)
         (add_product<kFirst + kOffsets>(value[p][kOffsets], index[p][kOffsets], input,
                                         sums[p][r][(kFirst + kOffsets) % kChains]),
          ...);
       // One row after the other: compilers load all rows first otherwise, and run out of registers.
-      Format::then(sums[kPanels - 1][r][(kFirst + kGroup - 1) % kChains], window, values);
+      Format::then(sums[kPanels - 1][r][(kFirst + kGroup - 1) % kChains], window, at.values);
     }
   }
 
