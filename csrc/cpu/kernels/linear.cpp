@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kTileRows[] = {1, 4, 8, kMaxTileRows};  // for which there are kernels
 
+constexpr int64_t kEarlyBytes = 8192;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t sum_size(const LinearProblem& problem) {
@@ -60,14 +62,17 @@ class Block {
     const uint8_t* values = static_cast<const uint8_t*>(p_.values) + first_panel_ * t.values_panel +
                             slot * layout_.slot_values() * p_.element_size;
     const uint32_t* indices = p_.indices + first_panel_ * t.indices_panel + layout_.word_of(slot) * kPanelRows;
-    const uint8_t* next_values = values + t.steps * layout_.slots * layout_.slot_values() * p_.element_size;
+    const int64_t stretch = t.steps * layout_.slots * layout_.slot_values() * p_.element_size;  // bytes of a panel
     for (int64_t panel = 0; panel < panels_;) {
       const LinearTileKernel kernel = kernels_.tile(layout_, tile_rows, panels_ - panel);
       t.values = values + panel * t.values_panel;
       t.indices = indices + panel * t.indices_panel;
       t.sums = sums_of(tile, panel);
       panel += kernel.panels;
-      t.early = panel < panels_ ? values + panel * t.values_panel : next_values;
+      // Long stretches are fetched shortly before their use, short ones one ahead.
+      t.early = stretch >= 4 * kEarlyBytes ? static_cast<const uint8_t*>(t.values) + kEarlyBytes
+                : panel < panels_          ? values + panel * t.values_panel
+                                           : values + stretch;
       kernel.run(t);
     }
   }
@@ -112,7 +117,8 @@ int64_t packed_row_bytes(const LinearKernels& kernels, const PanelLayout& layout
 void choose_blocks(LinearProblem& problem, int64_t threads) {
   // Bytes of x. With one or two slots a window, x is read nearly as often as it is used and must stay in the first
   // cache, together with the values on their way. Otherwise several slots share each read, and the second will do.
-  constexpr int64_t kFewSlots = 16 << 10, kOneTile = 24 << 10, kManyTiles = 64 << 10;
+  // A single tile leaves the whole second cache to x: the weights only pass through, best without a stop.
+  constexpr int64_t kFewSlots = 16 << 10, kOneTile = 256 << 10, kManyTiles = 64 << 10;
   // What stays in the second cache while tile after tile passes by.
   constexpr int64_t kWeights = 256 << 10, kSums = 128 << 10;
   const PanelLayout& layout = problem.layout;
