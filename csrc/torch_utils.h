@@ -105,7 +105,8 @@ inline void check_same_device(const Tensor& a, const Tensor& b, const char* name
 // Tensors that are written to hold every element in a place of its own.
 inline void check_writable(const Tensor& t, const char* name) {
   for (int64_t d = 0; d < t.dim(); ++d)
-    NMS_CHECK(t.stride(d) != 0 || t.size(d) <= 1, name, " is written to, but is expanded along dim ", d);
+    NMS_CHECK(t.stride(d) != 0 || t.size(d) <= 1 || t.numel() == 0, name, " is written to, but is expanded along dim ",
+              d);
 }
 
 // bits as the packed mask of a tensor of w's shape, grouped along dim.
