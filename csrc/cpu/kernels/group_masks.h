@@ -34,9 +34,9 @@ inline void select_lanes(const typename KeyLanes<Key>::Vector* keys /* [m] */, i
       Vector won = {}, lost = {};  // minus the numbers of lower indices that i beats, of higher ones that beat it
       for (int j = 0; j < i; ++j) won += key > keys[j];
       for (int j = i + 1; j < m; ++j) lost += keys[j] > key;
-      const Vector rank = static_cast<Key>(i) + won - lost;
-      const Vector bit = Vector{} + static_cast<Key>(static_cast<std::make_unsigned_t<Key>>(1) << (i - first));
-      word |= (rank < static_cast<Key>(n)) & bit;
+      const Key index = static_cast<Key>(i), limit = static_cast<Key>(n);
+      const Key bit = static_cast<Key>(std::make_unsigned_t<Key>{1} << (i - first));
+      word |= (index + won - lost < limit) & (Vector{} + bit);
     }
     words[first / kBits] = word;
   }
