@@ -40,9 +40,9 @@ struct PanelLayout {
   int64_t words;   // per panel and lane
 
   NMS_HD int step_inputs() const { return halves * window; }
-  NMS_HD int64_t slot_values() const { return int64_t{kPanelRows} * halves; }     // values of one slot of a step
-  NMS_HD int64_t panel_values() const { return steps * slots * slot_values(); }   // values of a panel
-  NMS_HD int64_t panel_words() const { return words * kPanelRows; }               // index words of a panel
+  NMS_HD int64_t slot_values() const { return int64_t{kPanelRows} * halves; }    // values of one slot of a step
+  NMS_HD int64_t panel_values() const { return steps * slots * slot_values(); }  // values of a panel
+  NMS_HD int64_t panel_words() const { return words * kPanelRows; }              // index words of a panel
 
   // First input, counted within its window, of the group that slot `slot` belongs to.
   NMS_HD int group_start(int slot) const { return slot / n * m; }

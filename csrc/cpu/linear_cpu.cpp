@@ -82,8 +82,8 @@ void prefer_huge_pages([[maybe_unused]] const Tensor& t) {
   constexpr uintptr_t kPage = 4096, kHugePage = uintptr_t{2} << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + kPage - 1) / kPage * kPage;
   const uintptr_t end =
-      (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + static_cast<uintptr_t>(t.numel() * t.element_size())) /
-      kPage * kPage;
+      (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + static_cast<uintptr_t>(t.numel() * t.element_size())) / kPage *
+      kPage;
   if (end > begin && end - begin >= kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

@@ -1,8 +1,8 @@
 // Every instruction set that this host has against the scalar kernels, and those against csrc/core: all element types,
 // patterns, layouts and awkward sizes, bit for bit.
 //
-// Inputs end where their allocation ends, so that the address sanitizer sees any read too far. Outputs are compared with
-// everything around them, so that any write too far shows without it.
+// Inputs end where their allocation ends, so that the address sanitizer sees any read too far. Outputs are compared
+// with everything around them, so that any write too far shows without it.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -58,7 +58,8 @@ typename nms::Element<D>::Bits random_element(Fill fill) {
   switch (fill) {
     case Fill::kTies:
       return static_cast<Bits>(sign | static_cast<Bits>(random_int(0, 2)) << (4 * sizeof(Bits)));
-    case Fill::kZero: return sign;
+    case Fill::kZero:
+      return sign;
     case Fill::kSpecial:
       if constexpr (D == DType::kInt8) {
         const Bits values[] = {0, 1, 127, 128, 129, 255};
@@ -74,14 +75,15 @@ typename nms::Element<D>::Bits random_element(Fill fill) {
                                nms::Element<D>::kMagnitude};
         return static_cast<Bits>(values[random_int(0, 6)] | sign);
       }
-    default: return static_cast<Bits>(rng() | uint64_t{rng()} << 32);
+    default:
+      return static_cast<Bits>(rng() | uint64_t{rng()} << 32);
   }
 }
 
 struct Layout {
   const char* name;
-  int64_t row_gap;   // elements between rows, or between the elements of a row where rows are interleaved
-  int64_t step;      // elements from one to the next
+  int64_t row_gap;  // elements between rows, or between the elements of a row where rows are interleaved
+  int64_t step;     // elements from one to the next
   bool interleaved;
 };
 
@@ -135,10 +137,18 @@ Shape random_shape(int m) {
   constexpr int kCount = sizeof(around) / sizeof(around[0]);
   Shape shape{1, 1};
   switch (random_int(0, 3)) {
-    case 0: shape = {around[random_int(0, 12)], around[random_int(0, kCount - 1)]}; break;
-    case 1: shape = {random_int(1, 40), m * random_int(1, 12)}; break;  // whole groups
-    case 2: shape = {random_int(1, 3), random_int(900, 2200)}; break;   // more than a chunk
-    case 3: shape = {random_int(1, 70), random_int(1, 2 * m + 1)}; break;
+    case 0:
+      shape = {around[random_int(0, 12)], around[random_int(0, kCount - 1)]};
+      break;
+    case 1:
+      shape = {random_int(1, 40), m * random_int(1, 12)};
+      break;  // whole groups
+    case 2:
+      shape = {random_int(1, 3), random_int(900, 2200)};
+      break;  // more than a chunk
+    case 3:
+      shape = {random_int(1, 70), random_int(1, 2 * m + 1)};
+      break;
   }
   shape.rows = std::max<int64_t>(1, std::min(shape.rows, 5000 / shape.k));
   return shape;
@@ -314,8 +324,7 @@ void test_count_differing() {
     const Memory a = random_memory<DType::kInt8>(bytes, Fill::kRandom, random_int(0, 9));
     const Memory b = random_memory<DType::kInt8>(bytes, bytes % 3 == 0 ? Fill::kZero : Fill::kRandom, random_int(0, 9));
     int64_t want = 0;
-    for (int64_t i = 0; i < bytes; ++i)
-      want += nms::popcount64(static_cast<uint64_t>(a.data()[i] ^ b.data()[i]));
+    for (int64_t i = 0; i < bytes; ++i) want += nms::popcount64(static_cast<uint64_t>(a.data()[i] ^ b.data()[i]));
     for (const char* isa : nms::cpu_isas()) {
       CHECK(nms::set_cpu_isa(isa));
       CHECK_EQ(nms::kernels().count_differing(a.data(), b.data(), bytes), want);

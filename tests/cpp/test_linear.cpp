@@ -44,19 +44,27 @@ class Array {
 
   double get(int64_t i) const {
     switch (dtype_) {
-      case DType::kFloat64: return read<double>(i);
-      case DType::kFloat32: return read<float>(i);
-      case DType::kBFloat16: return nms::to_arithmetic<DType::kBFloat16>(read<uint16_t>(i));
-      default: return nms::to_arithmetic<DType::kFloat16>(read<uint16_t>(i));
+      case DType::kFloat64:
+        return read<double>(i);
+      case DType::kFloat32:
+        return read<float>(i);
+      case DType::kBFloat16:
+        return nms::to_arithmetic<DType::kBFloat16>(read<uint16_t>(i));
+      default:
+        return nms::to_arithmetic<DType::kFloat16>(read<uint16_t>(i));
     }
   }
   void set(int64_t i, double value) {
     const float narrow = static_cast<float>(value);
     switch (dtype_) {
-      case DType::kFloat64: return write(i, value);
-      case DType::kFloat32: return write(i, narrow);
-      case DType::kBFloat16: return write(i, nms::float_to_bfloat16(narrow));
-      default: return write(i, nms::float_to_float16(narrow));
+      case DType::kFloat64:
+        return write(i, value);
+      case DType::kFloat32:
+        return write(i, narrow);
+      case DType::kBFloat16:
+        return write(i, nms::float_to_bfloat16(narrow));
+      default:
+        return write(i, nms::float_to_float16(narrow));
     }
   }
 
@@ -128,8 +136,8 @@ struct Weight {
 struct Pattern {
   int n, m;
 };
-constexpr Pattern kPatterns[] = {{1, 2}, {2, 4}, {1, 4},  {3, 4},  {1, 8},  {2, 8}, {4, 8},  {1, 16}, {2, 16}, {4, 16},
-                                 {8, 16}, {1, 1}, {2, 3}, {5, 7}, {3, 10}, {7, 13}, {16, 16}};
+constexpr Pattern kPatterns[] = {{1, 2},  {2, 4},  {1, 4}, {3, 4}, {1, 8}, {2, 8},  {4, 8},  {1, 16}, {2, 16},
+                                 {4, 16}, {8, 16}, {1, 1}, {2, 3}, {5, 7}, {3, 10}, {7, 13}, {16, 16}};
 constexpr DType kTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 
 // ---- Tests ----
@@ -213,10 +221,14 @@ void multiply(DType dtype, Weight& w, int64_t rows, int64_t k, const Array& x, i
 
 double activated(nms::Activation activation, double v) {
   switch (activation) {
-    case nms::Activation::kRelu: return v < 0 ? 0 : v;
-    case nms::Activation::kGelu: return 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
-    case nms::Activation::kSilu: return v / (1 + std::exp(-v));
-    default: return v;
+    case nms::Activation::kRelu:
+      return v < 0 ? 0 : v;
+    case nms::Activation::kGelu:
+      return 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
+    case nms::Activation::kSilu:
+      return v / (1 + std::exp(-v));
+    default:
+      return v;
   }
 }
 

@@ -73,7 +73,7 @@ void for_each_group(const typename Element<D>::Bits* row, int64_t stride, int64_
     }
   }
   for (; group * m < k; ++group) {
-    Key one[kMaxM];
+    Key one[kMaxM] = {};
     const int len = static_cast<int>(k - group * m < m ? k - group * m : m);
     for (int i = 0; i < len; ++i) one[i] = magnitude_key<D>(row[(group * m + i) * stride]);
     emit(group, len, select_group(one, len, n));

@@ -55,24 +55,24 @@ using ApplyFn = void (*)(const ApplyPanel&);
 using CompressFn = void (*)(const CompressPanel&);
 
 struct Kernels {
-  const char* isa;               // "scalar", "avx2", "avx512"
+  const char* isa;  // "scalar", "avx2", "avx512"
   SelectFn select[kNumDTypes];
   CompressFn compress[kNumDTypes];
-  ApplyFn apply_bits[4];         // by log2 of the element size: 1, 2, 4, 8 bytes
+  ApplyFn apply_bits[4];  // by log2 of the element size: 1, 2, 4, 8 bytes
   int64_t (*count_differing)(const uint8_t* a, const uint8_t* b, int64_t bytes);  // differing bits
-  LinearTable linear = {};  // filled by dispatch.cpp
+  LinearTable linear = {};                                                        // filled by dispatch.cpp
 };
 
 // One table per instruction set; a kernel without a faster version stays the scalar one.
 const Kernels& scalar_kernels();
-Kernels avx2_kernels();    // x86-64 only: the scalar table with faster entries
+Kernels avx2_kernels();  // x86-64 only: the scalar table with faster entries
 Kernels avx512_kernels();
 
 // The table in use: the best that the host supports, or what NMSPARSE_CPU_ISA (else ATEN_CPU_CAPABILITY) limits it to.
 const Kernels& kernels();
 const char* cpu_isa();
-std::vector<const char*> cpu_isas();   // those that this host can run, slowest first
-bool set_cpu_isa(const char* isa);     // false when this host cannot run it
+std::vector<const char*> cpu_isas();  // those that this host can run, slowest first
+bool set_cpu_isa(const char* isa);    // false when this host cannot run it
 
 // ---- Kernels that need no instruction set of their own ----
 

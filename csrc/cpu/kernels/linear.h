@@ -42,12 +42,12 @@ struct LinearTileKernel {
 
 // Rows of x to a packed tile; see above.
 struct PackInput {
-  const void* x;         // [rows, k]
-  int64_t x_row, x_k;    // strides in elements
-  int64_t rows, k;       // rows <= tile_rows
+  const void* x;       // [rows, k]
+  int64_t x_row, x_k;  // strides in elements
+  int64_t rows, k;     // rows <= tile_rows
   int tile_rows;
   int64_t first_step, last_step;  // the part to pack
-  void* packed;          // the tile
+  void* packed;                   // the tile
   const PanelLayout* layout;
 };
 using PackInputFn = void (*)(const PackInput&);
@@ -89,16 +89,16 @@ struct LinearProblem {
   PanelLayout layout;
   const void* values;
   const uint32_t* indices;
-  int64_t rows, panels;    // outputs
+  int64_t rows, panels;  // outputs
   int64_t batch;
   const void* packed_x;
-  const void* bias;        // [rows] or null
-  void* y;                 // [batch, rows]
-  int element_size;        // of values, bias and y
+  const void* bias;  // [rows] or null
+  void* y;           // [batch, rows]
+  int element_size;  // of values, bias and y
   Activation activation;
-  int64_t block_panels;    // of a block
+  int64_t block_panels;  // of a block
   int64_t block_tiles;
-  int64_t block_steps;     // steps after which the next panel has its turn, so that what all need stays in the caches
+  int64_t block_steps;  // steps after which the next panel has its turn, so that what all need stays in the caches
 };
 
 // Cuts a batch into tiles.

@@ -125,8 +125,8 @@ struct Lookup256 : Sums256 {
       return _mm256_permutevar8x32_ps(Slots::group_start(kSlot) < kLanes ? input.low : input.high, index);
     } else {
       const __m256i upper = _mm256_slli_epi32(index, 28);  // the place's fourth bit as the sign
-      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(input.low, index),
-                              _mm256_permutevar8x32_ps(input.high, index), _mm256_castsi256_ps(upper));
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(input.low, index), _mm256_permutevar8x32_ps(input.high, index),
+                              _mm256_castsi256_ps(upper));
     }
   }
 };

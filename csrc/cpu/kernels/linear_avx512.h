@@ -28,8 +28,8 @@ NMS_INLINE Vector in_register(Vector v) {
 
 struct Sums512 {
   static constexpr int kLanes = 16;
-  static constexpr int kMaxRows = 16;       // of a tile: as many sums as fit into 32 registers beside a group of slots
-  static constexpr int kSharedPanels = 2;   // at most, and then
+  static constexpr int kMaxRows = 16;      // of a tile: as many sums as fit into 32 registers beside a group of slots
+  static constexpr int kSharedPanels = 2;  // at most, and then
   static constexpr int kMaxSharedRows = 8;
 
   using Vec = __m512;

@@ -88,8 +88,8 @@ void pack_panel(const PanelForm& form, const Element* values, const uint8_t* ind
         const Element* in = values + row * row_values + first_group * layout.n;
         for (int slot = 0; slot < kept; ++slot) out[slot * slot_stride] = in[slot];
         for (int slot = kept; slot < layout.slots; ++slot) out[slot * slot_stride] = 0;
-        const uint64_t code = read_bits(indices + row * row_bytes, first_group * codes.code_bits(),
-                                        here * codes.code_bits());
+        const uint64_t code =
+            read_bits(indices + row * row_bytes, first_group * codes.code_bits(), here * codes.code_bits());
         put_fields(layout, codes.fields(code), step * layout.slots, half, panel_words + lane);
       }
     }
@@ -127,9 +127,12 @@ void unpack_panel(const PanelForm& form, Element* dense, int64_t panel) {
 template <class Fn>
 void switch_element(int size, Fn fn) {
   switch (size) {
-    case 2: return fn(uint16_t{});
-    case 4: return fn(uint32_t{});
-    default: return fn(uint64_t{});
+    case 2:
+      return fn(uint16_t{});
+    case 4:
+      return fn(uint32_t{});
+    default:
+      return fn(uint64_t{});
   }
 }
 

@@ -8,7 +8,7 @@
 namespace nms {
 
 struct PanelForm {
-  void* values;       // [panels, ...], see core/panel_layout.h
+  void* values;  // [panels, ...], see core/panel_layout.h
   uint32_t* indices;
   int element_size;
   int64_t rows, k;

@@ -95,7 +95,8 @@ NMS_INLINE double error_function(double x) { return std::erf(x); }
 template <Activation A, class Sum>
 NMS_INLINE Sum activate(Sum v) {
   if constexpr (A == Activation::kRelu) return v < 0 ? Sum{0} : v;  // NaN passes
-  if constexpr (A == Activation::kGelu) return v * Sum{0.5} * (Sum{1} + error_function(v * Sum{0.70710678118654752440}));
+  if constexpr (A == Activation::kGelu)
+    return v * Sum{0.5} * (Sum{1} + error_function(v * Sum{0.70710678118654752440}));
   if constexpr (A == Activation::kSilu) return v / (Sum{1} + exponential(-v));
   return v;
 }
@@ -125,9 +126,13 @@ NMS_INLINE void store_rows(const StoreSums& s) {
 template <DType D>
 void store_sums(const StoreSums& s) {
   switch (s.activation) {
-    case Activation::kNone: return store_rows<D, Activation::kNone>(s);
-    case Activation::kRelu: return store_rows<D, Activation::kRelu>(s);
-    case Activation::kGelu: return store_rows<D, Activation::kGelu>(s);
-    case Activation::kSilu: return store_rows<D, Activation::kSilu>(s);
+    case Activation::kNone:
+      return store_rows<D, Activation::kNone>(s);
+    case Activation::kRelu:
+      return store_rows<D, Activation::kRelu>(s);
+    case Activation::kGelu:
+      return store_rows<D, Activation::kGelu>(s);
+    case Activation::kSilu:
+      return store_rows<D, Activation::kSilu>(s);
   }
 }

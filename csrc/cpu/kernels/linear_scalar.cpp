@@ -47,9 +47,12 @@ void scalar_tile(const LinearTile& t) {
 template <DType D>
 LinearTileKernel scalar_find_tile(const PanelLayout&, int tile_rows, int64_t) {
   switch (tile_rows) {
-    case 1: return {&scalar_tile<D, 1>, 1};
-    case 4: return {&scalar_tile<D, 4>, 1};
-    default: return {&scalar_tile<D, 8>, 1};
+    case 1:
+      return {&scalar_tile<D, 1>, 1};
+    case 4:
+      return {&scalar_tile<D, 4>, 1};
+    default:
+      return {&scalar_tile<D, 8>, 1};
   }
 }
 

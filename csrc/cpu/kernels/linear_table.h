@@ -31,20 +31,28 @@ LinearTileKernel pattern_kernel(const PanelLayout& layout, int64_t panels) {
     if (layout.n == 4) return tile_kernel<Format, WindowFields<8, kEight>, kRows>(panels);
   }
   switch (layout.slots) {
-    case 1: return tile_kernel<Format, WindowFields<1, 16>, kRows>(panels);
-    case 2: return tile_kernel<Format, WindowFields<2, 16>, kRows>(panels);
-    case 4: return tile_kernel<Format, WindowFields<4, 16>, kRows>(panels);
-    case 8: return tile_kernel<Format, WindowFields<8, 16>, kRows>(panels);
-    default: return {&AnyTile<Format, kRows>::run, 1};
+    case 1:
+      return tile_kernel<Format, WindowFields<1, 16>, kRows>(panels);
+    case 2:
+      return tile_kernel<Format, WindowFields<2, 16>, kRows>(panels);
+    case 4:
+      return tile_kernel<Format, WindowFields<4, 16>, kRows>(panels);
+    case 8:
+      return tile_kernel<Format, WindowFields<8, 16>, kRows>(panels);
+    default:
+      return {&AnyTile<Format, kRows>::run, 1};
   }
 }
 
 template <class Format>
 LinearTileKernel find_tile(const PanelLayout& layout, int tile_rows, int64_t panels) {
   switch (tile_rows) {
-    case 1: return pattern_kernel<Format, 1>(layout, panels);
-    case 4: return pattern_kernel<Format, 4>(layout, panels);
-    default: break;
+    case 1:
+      return pattern_kernel<Format, 1>(layout, panels);
+    case 4:
+      return pattern_kernel<Format, 4>(layout, panels);
+    default:
+      break;
   }
   if constexpr (Format::kMaxRows >= 8)
     if (tile_rows == 8) return pattern_kernel<Format, 8>(layout, panels);

@@ -64,8 +64,7 @@ struct Tile {
       NMS_UNROLL
       for (int p = 0; p < kPanels; ++p) {
         NMS_UNROLL
-        for (int i = 0; i < kWords; ++i)
-          words[p][i] = Format::words(indices + p * t.indices_panel + i * kPanelRows);
+        for (int i = 0; i < kWords; ++i) words[p][i] = Format::words(indices + p * t.indices_panel + i * kPanelRows);
       }
       steps_of_words(std::make_integer_sequence<int, kSteps * kSlots / kGroup>{}, words, at, sums);
       indices += kWords * kPanelRows;
@@ -97,15 +96,15 @@ struct Tile {
 
   // One after the other, every group of slots with its number as a constant: shifts must be immediates.
   template <int... kGroups>
-  static NMS_INLINE void steps_of_words(std::integer_sequence<int, kGroups...>, const WordTable& words,
-                                        Place& at, Sums& sums) {
+  static NMS_INLINE void steps_of_words(std::integer_sequence<int, kGroups...>, const WordTable& words, Place& at,
+                                        Sums& sums) {
     (slot_group<kGroups * kGroup>(std::make_integer_sequence<int, kGroup>{}, words, at, sums), ...);
   }
 
   // Slots kFirst, ..., kFirst + kGroup - 1, counted from the start of the words; all in one step.
   template <int kFirst, int... kOffsets>
-  static NMS_INLINE void slot_group(std::integer_sequence<int, kOffsets...>, const WordTable& words,
-                                    Place& at, Sums& sums) {
+  static NMS_INLINE void slot_group(std::integer_sequence<int, kOffsets...>, const WordTable& words, Place& at,
+                                    Sums& sums) {
     typename Format::Value value[kPanels][kGroup];
     typename Format::Index index[kPanels][kGroup];
     NMS_UNROLL

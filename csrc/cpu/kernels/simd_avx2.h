@@ -351,8 +351,8 @@ struct Elements<1> {
 
   static NMS_INLINE Vec mask(StepBits bits) {
     const Vec copies = _mm256_set1_epi32(static_cast<int>(bits));  // byte i / 8 of the bits for element i
-    const Vec byte = _mm256_shuffle_epi8(copies, _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
-                                                                    0x0303030303030303));
+    const Vec byte =
+        _mm256_shuffle_epi8(copies, _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
     const Vec bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ull));
     return _mm256_cmpeq_epi8(bit_and(byte, bit), bit);
   }

@@ -1,4 +1,5 @@
-// AVX-512 vectors of 32-bit and 16-bit keys. F, BW, DQ and VL only, so that every AVX-512 server since Skylake-X runs it.
+// AVX-512 vectors of 32-bit and 16-bit keys. F, BW, DQ and VL only, so that every AVX-512 server since Skylake-X runs
+// it.
 //
 // A vector has four 128-bit parts. Keys are signed; 16-bit lanes also serve the 8-bit element types.
 // Note    Included by kernels_avx512.cpp inside its target region. simd_avx2.h offers the same names.
@@ -299,9 +300,7 @@ struct Elements<1> {
   static NMS_INLINE Vec kept_first(const void* src, StepBits bits, int count) {
     return kept(src, bits & low_bits(count));
   }
-  static NMS_INLINE void store_first(void* dst, Vec v, int count) {
-    _mm512_mask_storeu_epi8(dst, low_bits(count), v);
-  }
+  static NMS_INLINE void store_first(void* dst, Vec v, int count) { _mm512_mask_storeu_epi8(dst, low_bits(count), v); }
   static NMS_INLINE void spread(void* out, uint32_t bits) {
     _mm256_storeu_si256(static_cast<__m256i*>(out), _mm256_movm_epi8(bits));
   }

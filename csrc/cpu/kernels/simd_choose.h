@@ -22,8 +22,8 @@ struct Chooser {
   void (*in_rows)(const Key* elements, int64_t count, int n, Key nan, uint8_t* mask);
   int64_t block;
 
-  // keys [count][stride], of which the first kLanes of each i are read -> mask: kMaskBytes for each i, mask_stride bytes
-  // apart. count is a multiple of m. Lanes that are not `used` may hold anything.
+  // keys [count][stride], of which the first kLanes of each i are read -> mask: kMaskBytes for each i, mask_stride
+  // bytes apart. count is a multiple of m. Lanes that are not `used` may hold anything.
   void (*in_lanes)(const Key* keys, int64_t stride, int64_t count, int n, uint64_t used, uint8_t* mask,
                    int64_t mask_stride);
 };
@@ -96,9 +96,9 @@ void rank_in_rows(const typename L::Key* elements, int64_t count, int /* n */, t
 
 // ---- Rows of groups of 8, 16 or 32: transposed in registers, so that a lane holds a group ----
 //
-// A block is kM vectors, kLanes groups. Its vectors are loaded in leaves of kPerPart vectors and transposed within their
-// 128-bit parts: then lane j of part p holds the kPerPart neighbouring keys of part p of vector j. Such runs are sorted,
-// cut to the best, and merged with the other runs of their group:
+// A block is kM vectors, kLanes groups. Its vectors are loaded in leaves of kPerPart vectors and transposed within
+// their 128-bit parts: then lane j of part p holds the kPerPart neighbouring keys of part p of vector j. Such runs are
+// sorted, cut to the best, and merged with the other runs of their group:
 //
 //   groups longer than a vector: the runs of its vectors stand in the same lanes of other leaves;
 //   groups of several parts:     even_parts and odd_parts of two leaves bring them into the same lanes.
@@ -110,7 +110,10 @@ class Block {
   using Threshold = Rank<kM, kPatternN>;
 
   NMS_INLINE Block(const Key* elements, const KeyReader<L>& reader, const Threshold& rank)
-      : elements_(elements), reader_(reader), rank_(rank), turn_(L::broadcast(static_cast<Key>(rank.turned ? -1 : 0))) {}
+      : elements_(elements),
+        reader_(reader),
+        rank_(rank),
+        turn_(L::broadcast(static_cast<Key>(rank.turned ? -1 : 0))) {}
 
   // Lane g of the result belongs to group g where a group fills at least a vector, else see threshold_lane().
   NMS_INLINE Vec thresholds() const {
@@ -143,7 +146,7 @@ class Block {
  private:
   static constexpr int kGroupVectors = kM > L::kLanes ? kM / L::kLanes : 1;
   static constexpr int kGroupParts = kM / L::kPerPart < kParts ? kM / L::kPerPart : kParts;  // within a vector
-  static constexpr int kWanted = Threshold::kN;  // at most kM / 2
+  static constexpr int kWanted = Threshold::kN;                                              // at most kM / 2
 
   static constexpr int list_size(int keys) { return keys < kWanted ? keys : kWanted; }
 
@@ -249,8 +252,7 @@ void choose_in_rows(const typename L::Key* elements, int64_t count, int n, typen
       Mask dropped[kWordVectors];
       NMS_UNROLL
       for (int i = 0; i < kWordVectors; ++i)
-        dropped[i] =
-            L::less(reader.magnitude(block_elements + (f + i) * L::kLanes), block.spread(thresholds, f + i));
+        dropped[i] = L::less(reader.magnitude(block_elements + (f + i) * L::kLanes), block.spread(thresholds, f + i));
       uint64_t kept = ~L::word(dropped);
       if (__builtin_expect(popcount64(kept) != expected, 0)) {
         Mask tied[kWordVectors];
@@ -364,10 +366,15 @@ template <class L>
 Chooser<L> find_chooser(int n, int m) {  // has_chooser(m)
   if (n == m) return {keep_all_in_rows<L>, 64, keep_all_in_lanes<L>};
   switch (m) {
-    case 2: return make_chooser<L, 2, 1>();
-    case 4: return n == 1 ? make_chooser<L, 4, 1>() : n == 2 ? make_chooser<L, 4, 2>() : make_chooser<L, 4, 3>();
-    case 8: return find_in_powers<L, 8, 1>(n);
-    case 16: return find_in_powers<L, 16, 1>(n);
-    default: return find_in_powers<L, 32, 1>(n);
+    case 2:
+      return make_chooser<L, 2, 1>();
+    case 4:
+      return n == 1 ? make_chooser<L, 4, 1>() : n == 2 ? make_chooser<L, 4, 2>() : make_chooser<L, 4, 3>();
+    case 8:
+      return find_in_powers<L, 8, 1>(n);
+    case 16:
+      return find_in_powers<L, 16, 1>(n);
+    default:
+      return find_in_powers<L, 32, 1>(n);
   }
 }

@@ -133,7 +133,8 @@ inline void copy_bytes(const void* src, void* dst, int64_t bytes, bool past_cach
 }
 
 // What    Chooses along rows, packs the values in the first-level cache, and writes them and the codes.
-// Layout  As CompressPanel. Packing goes to a buffer first, because it writes a little more than it means to, and because
+// Layout  As CompressPanel. Packing goes to a buffer first, because it writes a little more than it means to, and
+// because
 //         whole chunks can then be streamed.
 template <DType D>
 void compress(const CompressPanel& p) {
@@ -142,15 +143,14 @@ void compress(const CompressPanel& p) {
   constexpr int kSize = sizeof(Bits);
   const PackedFormat format = packed_format(p.n, p.m);
   alignas(64) Bits packed[kChunk<typename Keys<D>::L> + kSlack];
-  choose_rows<D>(p.src, p.src_row, p.src_k, p.rows, p.k, p.n, p.m, nullptr, 0,
-                 [&](int64_t row, int64_t first, int64_t count, const Bits* elements, const uint8_t* mask) {
-                   const int64_t groups = (count + p.m - 1) / p.m;
-                   pack_kept<kSize>(reinterpret_cast<const char*>(elements), mask, groups * p.m,
-                                    reinterpret_cast<char*>(packed));
-                   Bits* values = static_cast<Bits*>(p.values) + row * p.values_row + first / p.m * p.n;
-                   copy_bytes(packed, values, groups * p.n * kSize, p.stream);
-                   write_codes(mask, groups, format,
-                               p.indices + row * p.indices_row + first / p.m * format.group_bits / 8);
-                 });
+  choose_rows<D>(
+      p.src, p.src_row, p.src_k, p.rows, p.k, p.n, p.m, nullptr, 0,
+      [&](int64_t row, int64_t first, int64_t count, const Bits* elements, const uint8_t* mask) {
+        const int64_t groups = (count + p.m - 1) / p.m;
+        pack_kept<kSize>(reinterpret_cast<const char*>(elements), mask, groups * p.m, reinterpret_cast<char*>(packed));
+        Bits* values = static_cast<Bits*>(p.values) + row * p.values_row + first / p.m * p.n;
+        copy_bytes(packed, values, groups * p.n * kSize, p.stream);
+        write_codes(mask, groups, format, p.indices + row * p.indices_row + first / p.m * format.group_bits / 8);
+      });
   if (p.stream) _mm_sfence();
 }

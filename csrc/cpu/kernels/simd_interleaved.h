@@ -1,5 +1,5 @@
-// Interleaved rows: neighbouring rows are neighbours in memory, the group dim is strided. Nothing is transposed: lanes are
-// rows. Two shapes come in practice:
+// Interleaved rows: neighbouring rows are neighbours in memory, the group dim is strided. Nothing is transposed: lanes
+// are rows. Two shapes come in practice:
 //
 //   wide    [k][many rows], the rows of a matrix grouped along its first dim. Worked through in tiles of kTileRows by
 //           kTileKeys, each read and written k after k: long runs are what memory and prefetchers like.
@@ -127,8 +127,8 @@ void apply_wide(const ApplyPanel& p) {
   for_each_tile<L>(p.rows, p.k, [&](int64_t row, int64_t rows, int64_t first, int count) {
     for (int64_t r = 0; r < rows; r += L::kLanes) {
       uint32_t words[L::kLanes] = {};
-      read_words(p.bits + (row + r) * p.bits_row + first / 8, p.bits_row,
-                 rows - r < L::kLanes ? rows - r : L::kLanes, count, words);
+      read_words(p.bits + (row + r) * p.bits_row + first / 8, p.bits_row, rows - r < L::kLanes ? rows - r : L::kLanes,
+                 count, words);
       mask.set_words(r, words);
     }
     for (int i = 0; i < count; ++i)
@@ -175,8 +175,7 @@ class NarrowBlock {
       Key* to = side_by_side_;
       for (int64_t i = 0; i < padded; ++i, from += rows, to += L::kLanes) {
         Vec all = load(from);
-        for (int s = 1; s < segments; ++s)
-          all = L::from_lane(s * rows, all, load(from + s * (segment - rows)));
+        for (int s = 1; s < segments; ++s) all = L::from_lane(s * rows, all, load(from + s * (segment - rows)));
         store(to, all);
       }
       chooser.in_lanes(side_by_side_, L::kLanes, padded, n, low_bits(segments_ * rows_), masks_, L::kMaskBytes);

@@ -1,9 +1,11 @@
 // Sorting networks over vectors: lane by lane, the largest n of m keys.
 //
-// What    v[0..m) holds m keys of each lane's group, in any order. A network of max and min puts the largest first. Only
+// What    v[0..m) holds m keys of each lane's group, in any order. A network of max and min puts the largest first.
+// Only
 //         the n-th largest is needed, so halves are sorted, cut to their n best, and merged; the last merge computes
 //         nothing but its n-th element.
-// Note    Included inside a target region, after simd_avx2.h or simd_avx512.h. `L` is Lanes32 or Lanes16 of that header.
+// Note    Included inside a target region, after simd_avx2.h or simd_avx512.h. `L` is Lanes32 or Lanes16 of that
+// header.
 #pragma once
 
 // After it: hi >= lo.
@@ -89,14 +91,14 @@ NMS_INLINE void sort_top(Vec* v) {
 }
 
 // Which of the keys is the threshold. kN is the number of keys that the lists must hold: n itself where the network was
-// written for it, else (kAnyN) half of the group, from which n is read at run time. Patterns that keep more than half of
-// a group are turned around: all keys are complemented, and the (m-n+1)-th smallest becomes the (m-n+1)-th largest.
+// written for it, else (kAnyN) half of the group, from which n is read at run time. Patterns that keep more than half
+// of a group are turned around: all keys are complemented, and the (m-n+1)-th smallest becomes the (m-n+1)-th largest.
 template <int kM, int kPatternN>
 struct Rank {
   static constexpr bool kAnyN = kPatternN == 0;
   static constexpr int kN = kAnyN ? (kM + 1) / 2 : kPatternN;
 
-  int position = 0;   // read only if kAnyN
+  int position = 0;  // read only if kAnyN
   bool turned = false;
 
   explicit Rank(int n) {

@@ -126,7 +126,8 @@ void widen_keys(const uint8_t* elements, int64_t count, int16_t* keys) {
     store(keys + i, K::from(K::E::raw(elements + i), K::countdown_along(i)));
 }
 
-// What    Chooses along rows and hands on what was chosen: emit(row, first, count, elements, mask), where `elements` are
+// What    Chooses along rows and hands on what was chosen: emit(row, first, count, elements, mask), where `elements`
+// are
 //         `count` contiguous elements of the row from `first` on, and `mask` is theirs.
 // Layout  Whole blocks of contiguous rows are read in place. Everything else is copied first: strided rows, the rest of
 //         a row behind its last whole block, short rows (several to a chunk). Copies are padded with zeros to whole

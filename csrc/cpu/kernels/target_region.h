@@ -5,8 +5,8 @@
 //   namespace nms { namespace { ... } }           // all helpers without external linkage
 //   NMS_TARGET_REGION_END
 //
-// Why not a compiler flag per file: an inline function of a shared header, compiled in a file with -mavx512f, is emitted
-// as a weak symbol full of AVX-512, and the linker may choose it for callers that must run everywhere. Why not
+// Why not a compiler flag per file: an inline function of a shared header, compiled in a file with -mavx512f, is
+// emitted as a weak symbol full of AVX-512, and the linker may choose it for callers that must run everywhere. Why not
 // __attribute__((target)) on functions: templates and lambdas inside do not inherit it.
 #pragma once
 
