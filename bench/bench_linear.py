@@ -3,8 +3,8 @@
     python bench/bench_linear.py                         # everything; about half an hour
     python bench/bench_linear.py --shape 4096x4096 --batch 1 16 --pattern 2:4 --dtype float32
 
-For each dtype, shape and batch, all candidates take turns in one process, one call each a round, so that a slow
-moment of the machine hits all alike. Each has several copies of its weight, and takes another one in every
+For each dtype, shape and batch, all candidates take turns in one process, one call each a round, so that a
+slow moment of the machine hits all alike. Each has several copies of its weight, and takes another in every
 round: large weights come from memory ("cold"), as they do when a model is larger than the caches. Small ones
 fit into the caches with all their copies.
 
@@ -23,12 +23,12 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import machine
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -162,7 +162,7 @@ def measure(
 
 
 def verdict(dtype: str, pattern: str, shape: tuple[int, int], batch: int, f: float, d: float) -> str:
-    """"lost" against dense, else whether the goal is reached, where there is one."""
+    """Whether it lost against dense, else whether the goal is reached, where there is one."""
     if d < 1:
         return "lost"
     goals = GOALS.get((dtype, pattern))
@@ -185,36 +185,21 @@ def line(row: dict[str, Any]) -> str:
 
 def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What is stored: see make_readme_table.py."""
-    info = nms.build_info()
     return {
-        "machine": {
-            "processor": processor(),
-            "engine": f"{info.cpu_isa} kernels",
-            "threads": str(torch.get_num_threads()),
-            "torch": torch.__version__,
-            "date": date.today().isoformat(),
-        },
+        "machine": machine(),
         "what": (
-            "`F.linear(x, W)` with a packed W, batch rows of x, weights from memory: F times as fast as with the "
-            "dense weight, D times as fast as the best of that and of prepacked oneDNN and MKL."
+            "`F.linear(x, W)` with a packed W, batch rows of x, weights from memory: F times as fast as with "
+            "the dense weight, D times as fast as the best of that and of prepacked oneDNN and MKL."
         ),
         "rows": rows,
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    for text in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if text.startswith("model name"):
-            return text.split(":", 1)[1].strip()
-    return "unknown processor"
 
 
 def main() -> int:
     """Measure, print, store; returns the exit code."""
     parser = argparse.ArgumentParser(description="Packed linear layers against dense ones on the CPU.")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
-    parser.add_argument("--shape", nargs="+", default=[*LARGE, *SMALL], help="out x in, for example 4096x4096")
+    parser.add_argument("--shape", nargs="+", default=[*LARGE, *SMALL], help="out x in, as 4096x4096")
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--pattern", nargs="+", default=list(PATTERNS))
     parser.add_argument("--threads", type=int, default=None)
