@@ -76,14 +76,13 @@ PanelForm form_of(const Tensor& value_panels, const Tensor& index_panels, int64_
 }
 
 // With one row of x a product is as fast as its weight comes from memory, and in pages of 4 KiB a good part of that
-// time goes into finding them. Only asked for memory of our own that nobody has touched yet, and only a wish.
-void prefer_huge_pages([[maybe_unused]] const Tensor& t) {
+// time goes into finding them. Only asked for memory that nobody has touched yet, and only a wish.
+void prefer_huge_pages([[maybe_unused]] const void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096, kHugePage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + kPage - 1) / kPage * kPage;
-  const uintptr_t end =
-      (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + static_cast<uintptr_t>(t.numel() * t.element_size())) / kPage *
-      kPage;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (first + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (first + static_cast<uintptr_t>(bytes)) / kPage * kPage;
   if (end > begin && end - begin >= kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
@@ -108,7 +107,8 @@ std::tuple<Tensor, Tensor> panel_pack_cpu(const Tensor& values, const Tensor& in
   const PanelLayout layout = layout_of(values, n, m, k);
   Tensor value_panels = new_empty(values, value_sizes(layout, rows), values.scalar_type());
   Tensor index_panels = new_empty(values, index_sizes(layout, rows), ScalarType::Int);
-  prefer_huge_pages(value_panels);
+  prefer_huge_pages(value_panels.const_data_ptr(),
+                    value_panels.numel() * static_cast<int64_t>(value_panels.element_size()));
   const PanelForm form = form_of(value_panels, index_panels, n, m, rows, k);
   const int64_t grain = ceil_div(kThreadWork, std::max<int64_t>(1, layout.panel_values()));
   torch::stable::parallel_for(0, panel_count(rows), grain, [&](int64_t begin, int64_t end) {
@@ -159,21 +159,33 @@ InputRows input_rows(const Tensor& x) {
   return rows;
 }
 
-// Working memory: on the stack when it is small.
-class Scratch {
+// Memory for packed x and for sums, which the thread that needed it keeps: pages fresh from the system cost a tenth of
+// a product that works through them once. Only the unusually large is given back.
+class Workspace {
  public:
   uint8_t* get(int64_t bytes) {
-    if (bytes <= static_cast<int64_t>(sizeof(small_))) return small_;
-    large_.reset(static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})));
-    return large_.get();
+    if (bytes > bytes_) {
+      memory_.reset();
+      memory_.reset(static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{kAlignment})));
+      bytes_ = bytes;
+      prefer_huge_pages(memory_.get(), bytes);
+    }
+    return memory_.get();
+  }
+  void release_large() {
+    constexpr int64_t kKept = int64_t{32} << 20;
+    if (bytes_ <= kKept) return;
+    memory_.reset();
+    bytes_ = 0;
   }
 
  private:
+  static constexpr size_t kAlignment = 64;
   struct Free {
-    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t{64}); }
+    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
   };
-  alignas(64) uint8_t small_[16384];
-  std::unique_ptr<uint8_t, Free> large_;
+  std::unique_ptr<uint8_t, Free> memory_;
+  int64_t bytes_ = 0;
 };
 
 // Packs the tiles of x in parallel, each cut into stretches of steps.
@@ -245,14 +257,14 @@ Tensor panel_linear_cpu(const Tensor& x, const Tensor& value_panels, const Tenso
   problem.activation = activation_of(activation);
   choose_blocks(problem, torch::stable::get_num_threads());
 
-  Scratch scratch;
+  thread_local Workspace workspace;
   if (is_packed(problem, input, k)) {
     problem.packed_x = input.x.const_data_ptr();
   } else {
     const BatchTiles tiles(problem.batch, problem.kernels->max_tile_rows(problem.layout));
     const int64_t last = tiles.count() - 1;
     const int64_t packed_rows = tiles.first_row(last) + tiles.tile_rows(last);
-    uint8_t* packed = scratch.get(packed_rows * packed_row_bytes(*problem.kernels, problem.layout));
+    uint8_t* packed = workspace.get(packed_rows * packed_row_bytes(*problem.kernels, problem.layout));
     pack_tiles(problem, input, k, packed);
     problem.packed_x = packed;
   }
@@ -260,10 +272,11 @@ Tensor panel_linear_cpu(const Tensor& x, const Tensor& value_panels, const Tenso
   const int64_t work = problem.panels * problem.layout.steps * problem.layout.slots * problem.batch;
   const int64_t grain = std::max<int64_t>(1, kThreadWork * blocks / std::max<int64_t>(1, work));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    Scratch sums;
+    thread_local Workspace sums;
     uint8_t* memory = sums.get(block_sum_bytes(problem));
     for (int64_t i = begin; i < end; ++i) multiply_block(problem, i, memory);
   });
+  workspace.release_large();
   return y;
 }
 

@@ -27,9 +27,10 @@ class Block {
         tiles_(problem.batch, kernels_.max_tile_rows(layout_)),
         sums_(static_cast<uint8_t*>(sums)) {
     const int64_t batch_blocks = ceil_div(tiles_.count(), p_.block_tiles);
-    first_panel_ = index / batch_blocks * p_.block_panels;
+    const int64_t panel_blocks = ceil_div(p_.panels, p_.block_panels);
+    first_panel_ = (p_.weights_again ? index % panel_blocks : index / batch_blocks) * p_.block_panels;
+    first_tile_ = (p_.weights_again ? index / panel_blocks : index % batch_blocks) * p_.block_tiles;
     panels_ = std::min(p_.block_panels, p_.panels - first_panel_);
-    first_tile_ = index % batch_blocks * p_.block_tiles;
     last_tile_ = std::min(first_tile_ + p_.block_tiles, tiles_.count());
   }
 
@@ -138,6 +139,11 @@ void choose_blocks(LinearProblem& problem, int64_t threads) {
   const int64_t batch_blocks = ceil_div(tiles.count(), problem.block_tiles);
   const int64_t share = ceil_div(problem.panels * batch_blocks, 4 * std::max<int64_t>(1, threads));
   problem.block_panels = std::clamp<int64_t>(share, std::min<int64_t>(2, fitting), fitting);
+
+  const int64_t panel_blocks = ceil_div(problem.panels, problem.block_panels);
+  const int64_t all_weights = problem.panels * layout.panel_values() * problem.element_size;
+  const int64_t all_x = tiles.count() * tile_rows * packed_row_bytes(*problem.kernels, layout);
+  problem.weights_again = all_x + all_weights * batch_blocks < all_weights + all_x * panel_blocks;
 }
 
 int64_t block_count(const LinearProblem& problem) {

@@ -98,6 +98,7 @@ struct LinearProblem {
   Activation activation;
   int64_t block_panels;  // of a block
   int64_t block_tiles;
+  bool weights_again;   // which of two is read once for every block of the other: the weights, or else x
   int64_t block_steps;  // steps after which the next panel has its turn, so that what all need stays in the caches
 };
 
