@@ -249,3 +249,8 @@ def check_transposable(w: Tensor) -> None:
         w.shape[0] % 4 == 0 and w.shape[1] % 4 == 0,
         lambda: f"both sizes of w must be multiples of 4, got {list(w.shape)}",
     )
+
+
+def holds_data(tensor: Tensor) -> bool:
+    """False for meta and fake tensors, whose contents cannot be looked at."""
+    return not tensor.is_meta and type(tensor).__name__ not in ("FakeTensor", "FunctionalTensor")

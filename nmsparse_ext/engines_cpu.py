@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from . import panels as ops
 from ._build import extension
+from ._checks import holds_data
 from .engines import Engine, register_engine, unpack
 from .panels import Panels, panel_linear, panel_pack
 
@@ -76,7 +77,8 @@ def _autocast_linear(input: Tensor, weight: NMTensor, bias: Tensor | None) -> Te
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
         input = input.to(dtype)
-        if torch.compiler.is_compiling():
+        # Torch 2.11 makes the fake call of a graph's node outside of what is_compiling() tells.
+        if torch.compiler.is_compiling() or not holds_data(weight.packed_values):
             # A graph has no place where a cast weight could stay, and to cast it in every call would cost
             # more than to multiply with it as it is.
             own = weight.packed_values.dtype

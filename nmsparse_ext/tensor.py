@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from ._checks import WEIGHT_DTYPES
+from ._checks import WEIGHT_DTYPES, holds_data
 from .engines import ENGINES, Engine, best_engine, find_engine, unpack
 from .pattern import Pattern
 
@@ -354,18 +354,13 @@ def _check_parts(
         raise ValueError(
             f"indices must have shape {wanted} for {pattern} and shape {shape}, got {list(indices.shape)}"
         )
-    if _holds_data(indices):
+    if holds_data(indices):
         bad = ops.check_indices(indices, pattern, k=k)
         if bad is not None:
             raise ValueError(
                 f"indices of group {list(bad)} ([other dims..., group]) are no legal choice of {pattern.n} "
                 f"of {pattern.m}: they must be distinct, ascending and inside the group, and unused bits zero"
             )
-
-
-def _holds_data(tensor: Tensor) -> bool:
-    """False for meta and fake tensors, whose contents cannot be looked at."""
-    return not tensor.is_meta and type(tensor).__name__ not in ("FakeTensor", "FunctionalTensor")
 
 
 def _from_pickle(
