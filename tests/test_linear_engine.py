@@ -414,6 +414,8 @@ def test_compiled_graph_multiplies_from_panels() -> None:
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(low: torch.dtype) -> None:
+    # Torch 2.11 may hand a graph with dynamic sizes, made under another autocast dtype, to a new layer.
+    torch.compiler.reset()
     dense, packed_layer = layer()
     x = torch.randn(5, 64, requires_grad=True)
     with torch.autocast("cpu", dtype=low):
