@@ -153,7 +153,9 @@ class Block {
   NMS_INLINE void load_leaf(Vec* v, int leaf, int group_vector) const {
     NMS_UNROLL
     for (int j = 0; j < L::kPerPart; ++j) {
-      v[j] = reader_.key(elements_ + ((leaf * L::kPerPart + j) * kGroupVectors + group_vector) * L::kLanes);
+      const Key* element = elements_ + ((leaf * L::kPerPart + j) * kGroupVectors + group_vector) * L::kLanes;
+      prefetch(element, kPrefetchBytes);
+      v[j] = reader_.key(element);
       if constexpr (Threshold::kAnyN) v[j] = bit_xor(v[j], turn_);
     }
     L::transpose_parts(v);
