@@ -87,6 +87,10 @@ void prefer_huge_pages([[maybe_unused]] const void* memory, [[maybe_unused]] int
 #endif
 }
 
+void prefer_huge_pages(const Tensor& t) {
+  prefer_huge_pages(t.const_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
+}
+
 // ---- panel_pack, panel_unpack ----
 
 std::tuple<Tensor, Tensor> panel_pack_cpu(const Tensor& values, const Tensor& indices, int64_t n, int64_t m,
@@ -107,8 +111,7 @@ std::tuple<Tensor, Tensor> panel_pack_cpu(const Tensor& values, const Tensor& in
   const PanelLayout layout = layout_of(values, n, m, k);
   Tensor value_panels = new_empty(values, value_sizes(layout, rows), values.scalar_type());
   Tensor index_panels = new_empty(values, index_sizes(layout, rows), ScalarType::Int);
-  prefer_huge_pages(value_panels.const_data_ptr(),
-                    value_panels.numel() * static_cast<int64_t>(value_panels.element_size()));
+  prefer_huge_pages(value_panels);
   const PanelForm form = form_of(value_panels, index_panels, n, m, rows, k);
   const int64_t grain = ceil_div(kThreadWork, std::max<int64_t>(1, layout.panel_values()));
   torch::stable::parallel_for(0, panel_count(rows), grain, [&](int64_t begin, int64_t end) {
@@ -121,6 +124,7 @@ Tensor panel_unpack_cpu(const Tensor& value_panels, const Tensor& index_panels, 
                         int64_t k) {
   check_panels(value_panels, index_panels, n, m, rows, k);
   Tensor dense = new_empty(value_panels, {rows, k}, value_panels.scalar_type());
+  prefer_huge_pages(dense);
   const PanelForm form = form_of(value_panels, index_panels, n, m, rows, k);
   const int64_t grain = ceil_div(kThreadWork, std::max<int64_t>(1, k));
   torch::stable::parallel_for(0, panel_count(rows), grain, [&](int64_t begin, int64_t end) {

@@ -6,9 +6,22 @@
 
 #include "../../core/bits.h"
 #include "../../core/packed.h"
+#include "target_region.h"
 
 namespace nms {
 namespace {
+
+// Positions of the set bits of every byte, as fields of 4 bits.
+struct BitPositions {
+  uint32_t of[256] = {};
+  constexpr BitPositions() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int bit = 0, count = 0; bit < 8; ++bit)
+        if (byte >> bit & 1) of[byte] |= static_cast<uint32_t>(bit) << 4 * count++;
+  }
+};
+constexpr BitPositions kBitPositions;
+constexpr uint64_t kEveryFieldPlus8 = 0x8888888888888888u;
 
 // The fields of a whole window, in slot order, from the window's codes in the packed form: at most 16 bits, because no
 // group's code is wider than its m.
@@ -16,51 +29,71 @@ class WindowCodes {
  public:
   explicit WindowCodes(const PanelLayout& layout)
       : format_(packed_format(layout.n, layout.m)),
-        slots_(layout.slots),
-        field_bits_(layout.index_bits),
-        groups_(layout.window / layout.m) {
-    for (int slot = 0; slot < slots_; ++slot)
-      starts_ |= uint64_t{layout.field_of(layout.group_start(slot), slot)} << (slot * field_bits_);
+        groups_(layout.window / layout.m),
+        all_fields_(low_bits(layout.slots * layout.index_bits)) {
+    for (int slot = 0; slot < layout.slots; ++slot)
+      starts_ |= uint64_t{layout.field_of(layout.group_start(slot), slot)} << (slot * layout.index_bits);
   }
 
   int groups() const { return groups_; }
-  int code_bits() const { return format_.group_bits; }
 
   // What a window without weights gets: every slot points at the start of its group.
   uint64_t no_fields() const { return starts_; }
 
-  uint64_t fields(uint64_t codes) const {
-    // Index codes already are such fields, counted from the start of the group.
+  // Of `groups` groups from group `first` of a row on; `end` is the end of all rows' codes.
+  uint64_t fields(const uint8_t* row_codes, int64_t first, int groups, const uint8_t* end) const {
+    const uint64_t codes = read(row_codes, first * format_.group_bits, groups * format_.group_bits, end);
+    // Index codes already are fields, counted from the start of the group.
     if (format_.index_bits != 0) return codes + starts_;
-    uint64_t fields = 0;
-    int slot = 0;
-    for (; codes != 0 && slot < slots_; codes &= codes - 1, ++slot)
-      fields |= static_cast<uint64_t>(lowest_bit(codes)) << (slot * field_bits_);
-    return fields | (slot < slots_ ? starts_ >> (slot * field_bits_) << (slot * field_bits_) : 0);
+    const int low = static_cast<int>(codes & 0xff), high = static_cast<int>(codes >> 8);
+    const int low_count = 4 * popcount64(low), count = low_count + 4 * popcount64(high);
+    uint64_t fields = kBitPositions.of[low];
+    if (high != 0) fields |= (kBitPositions.of[high] + kEveryFieldPlus8) << low_count & low_bits(count);
+    return (fields | (starts_ & ~low_bits(count))) & all_fields_;
   }
 
  private:
+  static uint64_t read(const uint8_t* codes, int64_t offset, int width, const uint8_t* end) {
+    const uint8_t* byte = codes + (offset >> 3);
+    uint32_t word;
+    if (end - byte < static_cast<int64_t>(sizeof(word))) return read_bits(codes, offset, width);
+    std::memcpy(&word, byte, sizeof(word));  // the width is at most 16, 23 with what comes before
+    return word >> (offset & 7) & low_bits(width);
+  }
+
   PackedFormat format_;
-  int slots_, field_bits_, groups_;
+  int groups_;
+  uint64_t all_fields_;
   uint64_t starts_ = 0;
 };
 
 // Writes a window's fields into one lane's words, from slot `slot` of the panel on.
-void put_fields(const PanelLayout& layout, uint64_t fields, int64_t slot, int half, uint32_t* words /* of the lane */) {
-  const uint64_t mask = low_bits(layout.index_bits);
-  if (layout.fields % layout.slots == 0) {  // the window's fields are in one word
-    words[layout.word_of(slot) * kPanelRows] |= static_cast<uint32_t>(fields) << layout.shift_of(slot, half);
-    return;
+template <int kHalves>
+NMS_INLINE void put_fields(const PanelLayout& layout, uint64_t fields, int64_t slot, int half,
+                           uint32_t* words /* of the lane */) {
+  constexpr int room = 32 / kHalves;  // bits of a word for this half
+  const int64_t bit = slot * layout.index_bits;
+  uint32_t* word = words + bit / room * kPanelRows;
+  const int shift = static_cast<int>(bit % room);
+  const int left = layout.slots * layout.index_bits + shift;
+  const uint64_t mask = low_bits(room);
+  *word |= static_cast<uint32_t>(fields << shift & mask) << half * room;
+  for (int done = room; done < left; done += room) {
+    word += kPanelRows;
+    *word |= static_cast<uint32_t>(fields >> (done - shift) & mask) << half * room;
   }
-  for (int i = 0; i < layout.slots; ++i, fields >>= layout.index_bits)
-    words[layout.word_of(slot + i) * kPanelRows] |= static_cast<uint32_t>(fields & mask)
-                                                    << layout.shift_of(slot + i, half);
 }
 
-template <class Element>
+// Steps that are done for one row before the next row has its turn: rows are whole cache lines, and a panel's stretch
+// stays in the first cache.
+constexpr int64_t kStretch = 16;
+
+// kSlots: slots of a window, or 0 for any number.
+template <class Element, int kSlots, int kHalves>
 void pack_panel(const PanelForm& form, const Element* values, const uint8_t* indices, int64_t panel) {
   const PanelLayout& layout = form.layout;
   const WindowCodes codes(layout);
+  const int slots = kSlots > 0 ? kSlots : layout.slots;
   const int64_t groups = (form.k + layout.m - 1) / layout.m;
   const int64_t row_values = groups * layout.n;
   const int64_t row_bytes = index_row_bytes(packed_format(layout.n, layout.m), groups);
@@ -70,28 +103,67 @@ void pack_panel(const PanelForm& form, const Element* values, const uint8_t* ind
   uint32_t* panel_words = form.indices + panel * layout.panel_words();
   std::fill_n(panel_words, layout.panel_words(), 0u);
 
-  const int64_t lane_stride = layout.halves, slot_stride = layout.slot_values();
-  for (int64_t step = 0; step < layout.steps; ++step) {
-    Element* step_values = panel_values + step * layout.slots * slot_stride;
-    for (int half = 0; half < layout.halves; ++half) {
-      const int64_t first_group = (step * layout.halves + half) * codes.groups();
-      const int here = static_cast<int>(std::clamp<int64_t>(groups - first_group, 0, codes.groups()));
-      const int kept = here * layout.n;
-      for (int lane = 0; lane < kPanelRows; ++lane) {
-        Element* out = step_values + lane * lane_stride + half;
-        if (lane >= lanes || kept == 0) {
-          for (int slot = 0; slot < layout.slots; ++slot) out[slot * slot_stride] = 0;
-          if (lane < lanes) put_fields(layout, codes.no_fields(), step * layout.slots, half, panel_words + lane);
-          continue;
+  const uint8_t* indices_end = indices + form.rows * row_bytes;
+  constexpr int64_t kSlotStride = int64_t{kPanelRows} * kHalves;
+  for (int64_t first = 0; first < layout.steps; first += kStretch) {
+    const int64_t last = std::min(first + kStretch, layout.steps);
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+      const Element* row = values + (first_row + lane) * row_values;
+      const uint8_t* row_codes = indices + (first_row + lane) * row_bytes;
+      for (int64_t step = first; step < last; ++step) {
+        for (int half = 0; half < kHalves; ++half) {
+          const int64_t group = (step * kHalves + half) * codes.groups();
+          const int here = static_cast<int>(std::clamp<int64_t>(groups - group, 0, codes.groups()));
+          const int kept = lane < lanes ? here * layout.n : 0;
+          Element* out = panel_values + step * slots * kSlotStride + lane * kHalves + half;
+          if (kept == slots) {
+            for (int slot = 0; slot < slots; ++slot) out[slot * kSlotStride] = row[group * layout.n + slot];
+          } else {
+            for (int slot = 0; slot < kept; ++slot) out[slot * kSlotStride] = row[group * layout.n + slot];
+            for (int slot = kept; slot < slots; ++slot) out[slot * kSlotStride] = 0;
+          }
+          if (lane >= lanes) continue;
+          const uint64_t fields = kept == 0 ? codes.no_fields() : codes.fields(row_codes, group, here, indices_end);
+          put_fields<kHalves>(layout, fields, step * slots, half, panel_words + lane);
         }
-        const int64_t row = first_row + lane;
-        const Element* in = values + row * row_values + first_group * layout.n;
-        for (int slot = 0; slot < kept; ++slot) out[slot * slot_stride] = in[slot];
-        for (int slot = kept; slot < layout.slots; ++slot) out[slot * slot_stride] = 0;
-        const uint64_t code =
-            read_bits(indices + row * row_bytes, first_group * codes.code_bits(), here * codes.code_bits());
-        put_fields(layout, codes.fields(code), step * layout.slots, half, panel_words + lane);
       }
+    }
+  }
+}
+
+template <int kHalves, class Element>
+void pack_panel_of(const PanelForm& form, const Element* values, const uint8_t* indices, int64_t panel) {
+  switch (form.layout.slots) {
+    case 1:
+      return pack_panel<Element, 1, kHalves>(form, values, indices, panel);
+    case 2:
+      return pack_panel<Element, 2, kHalves>(form, values, indices, panel);
+    case 4:
+      return pack_panel<Element, 4, kHalves>(form, values, indices, panel);
+    case 8:
+      return pack_panel<Element, 8, kHalves>(form, values, indices, panel);
+    default:
+      return pack_panel<Element, 0, kHalves>(form, values, indices, panel);
+  }
+}
+
+// One row's window of the dense weight.
+template <class Element>
+void unpack_window(const PanelLayout& layout, const Element* values /* of the lane and half, at the step */,
+                   const uint32_t* words /* of the lane */, int64_t step, int half, Element (&window)[kWindowInputs]) {
+  const uint32_t mask = (1u << layout.index_bits) - 1;
+  const int64_t slot_stride = layout.slot_values();
+  std::fill_n(window, kWindowInputs, Element{0});
+  int64_t position = step * layout.slots;
+  const uint32_t* word = words + layout.word_of(position) * kPanelRows;
+  int field = static_cast<int>(position % layout.fields);
+  const int first_shift = layout.shift_of(0, half);
+  for (int slot = 0; slot < layout.slots; ++slot) {
+    const uint32_t stored = *word >> (first_shift + field * layout.index_bits) & mask;
+    window[layout.place_of(stored, slot)] = values[slot * slot_stride];
+    if (++field == layout.fields) {
+      field = 0;
+      word += kPanelRows;
     }
   }
 }
@@ -103,23 +175,23 @@ void unpack_panel(const PanelForm& form, Element* dense, int64_t panel) {
   const int lanes = static_cast<int>(std::min<int64_t>(kPanelRows, form.rows - first_row));
   const Element* values = static_cast<const Element*>(form.values) + panel * layout.panel_values();
   const uint32_t* words = form.indices + panel * layout.panel_words();
-  const uint32_t mask = (1u << layout.index_bits) - 1;
-  std::fill_n(dense + first_row * form.k, lanes * form.k, Element{0});
-  for (int64_t step = 0; step < layout.steps; ++step) {
-    for (int slot = 0; slot < layout.slots; ++slot) {
-      const int64_t position = step * layout.slots + slot;
-      const uint32_t* word = words + layout.word_of(position) * kPanelRows;
-      for (int half = 0; half < layout.halves; ++half) {
-        const int64_t start = (step * layout.halves + half) * layout.window;
-        const int shift = layout.shift_of(position, half);
-        for (int lane = 0; lane < lanes; ++lane) {
-          const int place = layout.place_of(word[lane] >> shift & mask, slot);
-          const int64_t i = start + place;
-          if (place < layout.window && i < form.k)
-            dense[(first_row + lane) * form.k + i] = values[lane * layout.halves + half];
+  for (int64_t first = 0; first < layout.steps; first += kStretch) {
+    const int64_t last = std::min(first + kStretch, layout.steps);
+    for (int lane = 0; lane < lanes; ++lane) {
+      Element* row = dense + (first_row + lane) * form.k;
+      for (int64_t step = first; step < last; ++step) {
+        for (int half = 0; half < layout.halves; ++half) {
+          Element window[kWindowInputs];
+          unpack_window(layout, values + step * layout.slots * layout.slot_values() + lane * layout.halves + half,
+                        words + lane, step, half, window);
+          const int64_t start = (step * layout.halves + half) * layout.window;
+          const int64_t count = std::min<int64_t>(layout.window, form.k - start);
+          if (count == kWindowInputs)
+            std::memcpy(row + start, window, sizeof(window));
+          else if (count > 0)
+            std::memcpy(row + start, window, static_cast<size_t>(count) * sizeof(Element));
         }
       }
-      values += layout.slot_values();
     }
   }
 }
@@ -141,8 +213,8 @@ void switch_element(int size, Fn fn) {
 void pack_panels(const PanelForm& form, const void* values, const uint8_t* indices, int64_t first, int64_t last) {
   switch_element(form.element_size, [&](auto element) {
     using Element = decltype(element);
-    for (int64_t panel = first; panel < last; ++panel)
-      pack_panel(form, static_cast<const Element*>(values), indices, panel);
+    auto* pack = form.layout.halves == 1 ? pack_panel_of<1, Element> : pack_panel_of<2, Element>;
+    for (int64_t panel = first; panel < last; ++panel) pack(form, static_cast<const Element*>(values), indices, panel);
   });
 }
 
