@@ -238,11 +238,12 @@ def _narrow(func: Any, weight: NMTensor, dim: int, start: int, length: int) -> N
         "decompress",
         (),
     )
-    if not engine.split_rows:
+    rows, size = engine.split_rows, weight._dense_shape()[dim]
+    if not rows or start % rows or (length % rows and start + length != size):
         return piece.with_engine(
             next(e.name for e in ENGINES.values() if not e.forms and e.why_not(piece) is None)
         )
-    forms = tuple(form.narrow(row_dim, start, length) for form in weight._forms())
+    forms = tuple(form.narrow(row_dim, start // rows, -(-length // rows)) for form in weight._forms())
     piece.engine = engine.name
     for name, form in zip(engine.forms, forms, strict=True):
         setattr(piece, f"form_{name}", form)

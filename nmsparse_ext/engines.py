@@ -38,8 +38,9 @@ class Engine:
             transposed versions; the same as ``op(input, weight.to_dense(), bias, *args, **kwargs)``.
         forms: Names of the tensors that `build` derives.
         build: ``weight -> forms``, in the order of `forms`.
-        split_rows: Whether narrowing a form along a leading dim gives the form of those rows; if not, the
-            pieces of a split weight fall back to an engine without forms.
+        split_rows: How many rows of the weight one index of the forms' leading dims stands for, so that
+            narrowing there gives the forms of those rows. 0 if it does not; the pieces of a split weight then
+            fall back to an engine without forms, as do those that do not begin and end with such rows.
         automatic: Whether `best_engine` may choose it. Not so for engines that take more memory than the
             dense weight.
     """
@@ -50,7 +51,7 @@ class Engine:
     conv: Callable[..., Tensor]
     forms: tuple[str, ...] = ()
     build: Callable[[NMTensor], tuple[Tensor, ...]] = lambda weight: ()
-    split_rows: bool = False
+    split_rows: int = 0
     automatic: bool = True
 
 
@@ -170,7 +171,7 @@ register_engine(
         conv=_dense_conv,
         forms=("dense",),
         build=_dense_build,
-        split_rows=True,
+        split_rows=1,
         automatic=False,
     )
 )

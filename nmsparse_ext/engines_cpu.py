@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from . import panels as ops
 from ._build import extension
 from ._checks import holds_data
+from ._panel_layout import PANEL_ROWS
 from .engines import Engine, register_engine, unpack
 from .panels import Panels, panel_linear, panel_pack
 
@@ -114,6 +115,7 @@ register_engine(
         conv=_conv,
         forms=("values", "indices"),
         build=_build,
+        split_rows=PANEL_ROWS,
     ),
     first=True,
 )

@@ -358,6 +358,21 @@ def test_groups_along_the_outputs() -> None:
     torch.testing.assert_close(y @ weight, y @ w)  # the layout of transformers' Conv1D
 
 
+def test_pieces_keep_their_panels() -> None:
+    w = nms.nm_prune(torch.randn(56, 32), "2:4")
+    weight, x = nms.compress(w, "2:4"), torch.randn(3, 32)
+    for sizes, engines in (
+        ([16, 40], ["cpu-panels", "cpu-panels"]),
+        ([32, 8, 16], ["cpu-panels", "decompress", "decompress"]),
+        ([0, 56], ["cpu-panels", "cpu-panels"]),
+        ([48, 8], ["cpu-panels", "cpu-panels"]),
+    ):
+        pieces = weight.split(sizes)
+        assert [piece.engine for piece in pieces] == engines
+        for piece, rows in zip(pieces, w.split(sizes), strict=True):
+            assert_close(F.linear(x, piece), x, rows)
+
+
 def test_module_life(isa: str) -> None:
     dense, packed_layer = layer()
     x = torch.randn(5, 64)
