@@ -10,8 +10,9 @@
 // Note    Included inside a target region, after simd_networks.h.
 #pragma once
 
-// How far ahead of its loads a chooser asks for memory. Without it the memory would rest while a block is sorted.
-constexpr int kPrefetchBytes = 8192;
+// How far ahead of its loads a chooser asks for memory. Without it the memory would rest while a block is sorted. The
+// requests are spread over the sorting: processors drop what comes faster than they can note it down.
+constexpr int kPrefetchBytes = 4096;
 
 template <class L>
 struct Chooser {
