@@ -1,67 +1,17 @@
 // panel_pack, panel_unpack, panel_linear: the packed product of linear layers.
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <string>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "../core/packed.h"
 #include "../torch_utils.h"
 #include "kernels/kernels.h"
 #include "kernels/linear.h"
 #include "kernels/linear_pack.h"
+#include "panel_arguments.h"
+#include "workspace.h"
 
 namespace nms {
 namespace {
-
-// A thread is worth waking for about this many multiply-adds of vectors: a few microseconds.
-constexpr int64_t kThreadWork = 16384;
-
-void check_panel_pattern(int64_t n, int64_t m) {
-  NMS_CHECK(1 <= n && n <= m && m <= kMaxPanelM, "pattern n:m must satisfy 1 <= n <= m <= ", kMaxPanelM, ", got ", n,
-            ":", m);
-}
-
-DType panel_dtype_of(const Tensor& t, const char* name) {
-  const ScalarType type = t.scalar_type();
-  NMS_CHECK(type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
-                type == ScalarType::Half,
-            name, " must be float64, float32, bfloat16 or float16");
-  return dtype_of(t, name);
-}
-
-PanelLayout layout_of(const Tensor& values, int64_t n, int64_t m, int64_t k) {
-  return panel_layout(static_cast<int>(n), static_cast<int>(m), k, values.scalar_type() == ScalarType::BFloat16);
-}
-
-std::vector<int64_t> value_sizes(const PanelLayout& layout, int64_t rows) {
-  std::vector<int64_t> sizes{panel_count(rows), layout.steps, layout.slots, kPanelRows};
-  if (layout.halves > 1) sizes.push_back(layout.halves);
-  return sizes;
-}
-
-std::vector<int64_t> index_sizes(const PanelLayout& layout, int64_t rows) {
-  return {panel_count(rows), layout.words, kPanelRows};
-}
-
-void check_panels(const Tensor& value_panels, const Tensor& index_panels, int64_t n, int64_t m, int64_t rows,
-                  int64_t k) {
-  check_panel_pattern(n, m);
-  NMS_CHECK(rows >= 0 && k >= 0, "rows and k must not be negative, got ", rows, " and ", k);
-  panel_dtype_of(value_panels, "value_panels");
-  const PanelLayout layout = layout_of(value_panels, n, m, k);
-  NMS_CHECK(value_panels.is_contiguous() && sizes_of(value_panels) == value_sizes(layout, rows),
-            "value_panels must be contiguous, of the shape that panel_pack gives for ", rows, " rows of ", k, " in ", n,
-            ":", m);
-  NMS_CHECK(index_panels.scalar_type() == ScalarType::Int && index_panels.is_contiguous() &&
-                sizes_of(index_panels) == index_sizes(layout, rows),
-            "index_panels must be contiguous int32, of the shape that panel_pack gives for ", rows, " rows of ", k,
-            " in ", n, ":", m);
-  check_same_device(value_panels, index_panels, "value_panels and index_panels");
-}
 
 PanelForm form_of(const Tensor& value_panels, const Tensor& index_panels, int64_t n, int64_t m, int64_t rows,
                   int64_t k) {
@@ -73,22 +23,6 @@ PanelForm form_of(const Tensor& value_panels, const Tensor& index_panels, int64_
   form.k = k;
   form.layout = layout_of(value_panels, n, m, k);
   return form;
-}
-
-// With one row of x a product is as fast as its weight comes from memory, and in pages of 4 KiB a good part of that
-// time goes into finding them. Only asked for memory that nobody has touched yet, and only a wish.
-void prefer_huge_pages([[maybe_unused]] const void* memory, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096, kHugePage = uintptr_t{2} << 20;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (first + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (first + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (end > begin && end - begin >= kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-void prefer_huge_pages(const Tensor& t) {
-  prefer_huge_pages(t.const_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
 }
 
 // ---- panel_pack, panel_unpack ----
@@ -135,14 +69,6 @@ Tensor panel_unpack_cpu(const Tensor& value_panels, const Tensor& index_panels, 
 
 // ---- panel_linear ----
 
-Activation activation_of(const std::string& name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "silu") return Activation::kSilu;
-  NMS_CHECK(false, "activation must be \"none\", \"relu\", \"gelu\" or \"silu\", got \"", name, "\"");
-}
-
 // x [..., k] as rows one stride apart.
 struct InputRows {
   Tensor x;
@@ -162,35 +88,6 @@ InputRows input_rows(const Tensor& x) {
   }
   return rows;
 }
-
-// Memory for packed x and for sums, which the thread that needed it keeps: pages fresh from the system cost a tenth of
-// a product that works through them once. Only the unusually large is given back.
-class Workspace {
- public:
-  uint8_t* get(int64_t bytes) {
-    if (bytes > bytes_) {
-      memory_.reset();
-      memory_.reset(static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{kAlignment})));
-      bytes_ = bytes;
-      prefer_huge_pages(memory_.get(), bytes);
-    }
-    return memory_.get();
-  }
-  void release_large() {
-    constexpr int64_t kKept = int64_t{32} << 20;
-    if (bytes_ <= kKept) return;
-    memory_.reset();
-    bytes_ = 0;
-  }
-
- private:
-  static constexpr size_t kAlignment = 64;
-  struct Free {
-    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
-  };
-  std::unique_ptr<uint8_t, Free> memory_;
-  int64_t bytes_ = 0;
-};
 
 // Packs the tiles of x in parallel, each cut into stretches of steps.
 void pack_tiles(const LinearProblem& problem, const InputRows& rows, int64_t k, uint8_t* packed) {
