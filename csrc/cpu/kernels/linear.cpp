@@ -139,8 +139,11 @@ void choose_blocks(LinearProblem& problem, int64_t threads) {
   const int64_t batch_blocks = ceil_div(tiles.count(), problem.block_tiles);
   const int64_t share = ceil_div(problem.panels * batch_blocks, 4 * std::max<int64_t>(1, threads));
   problem.block_panels = std::clamp<int64_t>(share, std::min<int64_t>(2, fitting), fitting);
+  // Blocks alike: threads get equally many of them, and a small one at the end of each row would go to the same thread.
+  const int64_t panel_blocks = std::max<int64_t>(1, ceil_div(problem.panels, problem.block_panels));
+  problem.block_panels = std::max<int64_t>(1, ceil_div(problem.panels, panel_blocks));
+  problem.block_tiles = std::max<int64_t>(1, ceil_div(tiles.count(), std::max<int64_t>(1, batch_blocks)));
 
-  const int64_t panel_blocks = ceil_div(problem.panels, problem.block_panels);
   const int64_t all_weights = problem.panels * layout.panel_values() * problem.element_size;
   const int64_t all_x = tiles.count() * tile_rows * packed_row_bytes(*problem.kernels, layout);
   problem.weights_again = all_x + all_weights * batch_blocks < all_weights + all_x * panel_blocks;
