@@ -18,6 +18,16 @@ STABLE_TORCH_LIBRARY(nmsparse, m) {
   m.def("decompress(Tensor values, Tensor indices, int n, int m, SymInt k, int dim) -> Tensor");
   m.def("check_indices(Tensor indices, int n, int m, SymInt k) -> Tensor");
   m.def("transposable_bits(Tensor w) -> Tensor");
+  m.def(
+      "sgd_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] sparse, Tensor(d!)[] bits, "
+      "Tensor(e!)[] changes, int[] patterns, str term, float lambda_w, float lr, Tensor? lr_tensor, float momentum, "
+      "float dampening, float weight_decay, bool nesterov, bool maximize, bool first, Tensor? grad_scale, "
+      "Tensor? found_inf) -> ()");
+  m.def(
+      "adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] max_exp_avg_sqs, Tensor[] steps, Tensor(e!)[] sparse, Tensor(f!)[] bits, Tensor(g!)[] changes, "
+      "int[] patterns, str term, float lambda_w, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
+      "float weight_decay, bool amsgrad, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()");
   m.def("panel_pack(Tensor values, Tensor indices, int n, int m, SymInt k) -> (Tensor, Tensor)");
   m.def("panel_unpack(Tensor value_panels, Tensor index_panels, int n, int m, SymInt rows, SymInt k) -> Tensor");
   m.def(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
+from . import _optim_checks as optim_checks
 from . import _panel_layout as panel_checks
 from . import reference
 from ._build import extension
@@ -42,6 +43,16 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
     "decompress": (),
     "check_indices": (),
     "transposable_bits": (),
+    "sgd_": ("weights", "momenta", "sparse", "bits", "changes"),
+    "adamw_": (
+        "weights",
+        "exp_avgs",
+        "exp_avg_sqs",
+        "max_exp_avg_sqs",
+        "sparse",
+        "bits",
+        "changes",
+    ),
     "panel_pack": (),
     "panel_unpack": (),
     "panel_linear": (),
@@ -56,7 +67,7 @@ def schema_of(name: str) -> str:
     """
     mutated = MUTATED_ARGS[name]
     schema = torch.library.infer_schema(getattr(reference, name), mutates_args=mutated, op_name=name)
-    return re.sub(r"SymInt (?!(k|rows)\b)", "int ", schema)
+    return re.sub(r"SymInt(\[\])? (?!(k|rows)\b)", r"int\1 ", schema)
 
 
 # The registrations live as long as this object.
@@ -71,7 +82,7 @@ def _bump_versions(name: str, mutated: tuple[str, ...]) -> Callable[..., None]:
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
         for position in positions:
-            if isinstance(args[position], Tensor):
+            if args[position] is not None:  # a tensor or a list of them
                 torch.autograd.graph.increment_version(args[position])
         op.redispatch(keyset & below, *args)
 
@@ -197,6 +208,37 @@ def _fake_check_indices(indices: Tensor, n: int, m: int, k: int) -> Tensor:
 def _fake_transposable_bits(w: Tensor) -> Tensor:
     checks.check_transposable(w)
     return w.new_empty(checks.bits_shape(w.shape, 1), dtype=torch.uint8)
+
+
+@_fake
+def _fake_sgd_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    *arguments: Any,
+) -> None:
+    *lists, term, _lambda_w, _lr, lr_tensor, momentum = arguments[:9]
+    grad_scale, found_inf = arguments[-2:]
+    optim_checks.check_step(weights, grads, [momenta] if momentum else [], *lists, term)
+    optim_checks.check_scalars(weights, lr_tensor, grad_scale, found_inf)
+
+
+@_fake
+def _fake_adamw_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *arguments: Any,
+) -> None:
+    *lists, term, _lambda_w, _lr, lr_tensor = arguments[:8]
+    amsgrad, _maximize, grad_scale, found_inf = arguments[-4:]
+    states = [exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else [])]
+    optim_checks.check_step(weights, grads, states, *lists, term)
+    optim_checks.check_scalars(weights, lr_tensor, grad_scale, found_inf)
+    optim_checks.check_steps(weights, steps)
 
 
 @_fake

@@ -488,3 +488,7 @@ def transposable_bits(w: Tensor) -> Tensor:
     row_pattern = torch.stack([top // 6, top % 6, bottom // 6, bottom % 6], dim=1)  # [R / 4, 4, C / 4]
     row_masks = torch.tensor([[c in pair for c in range(4)] for pair in _ROWS], device=w.device)
     return _pack_last(row_masks[row_pattern].reshape(rows, cols))
+
+
+# The optimizer steps, which use what stands above, are written down in a file of their own.
+from ._reference_optim import adamw_, sgd_  # noqa: E402, F401

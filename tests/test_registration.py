@@ -16,7 +16,7 @@ from cases import DTYPES
 from samples import assert_same_bits, content, lay_out
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import nmsparse_ext as nms
 from nmsparse_ext import _ops, ops, reference
@@ -118,7 +118,48 @@ def sample_calls() -> dict[str, list[tuple[Any, ...]]]:
         "check_indices": [(indices, n, m, w.shape[dim]) for w, _, indices, n, m, dim in packed],
         "transposable_bits": [(torch.randn(8, 12),), (torch.randn(12, 4, dtype=torch.bfloat16).T,)],
         **panel_calls(),
+        **optim_calls(),
     }
+
+
+def optim_calls() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for the optimizer steps: a sparse weight, with a parameter of its own, and one without."""
+    calls: dict[str, list[tuple[Any, ...]]] = {"sgd_": [], "adamw_": []}
+    for dtype in (torch.float32, torch.bfloat16):
+        weights, *states = ([torch.rand(6, 8), torch.rand(5)] for _ in range(4))
+        grads = [torch.randn(6, 8).to(dtype), torch.randn(5)]
+        one = torch.tensor(1.0)
+        sparse = (
+            [torch.zeros(6, 8, dtype=dtype)],
+            [torch.ones(6, 1, dtype=torch.uint8)],
+            [torch.tensor(0)],
+            [2, 4, 1],
+            "gradient",
+            0.1,
+        )
+        calls["sgd_"].append(
+            (weights, grads, states[0], *sparse, 0.1, one, 0.9, 0.0, 0.0, False, False, False, one, one * 0)
+        )
+        calls["adamw_"].append(
+            (
+                weights,
+                grads,
+                *states,
+                [one, one],
+                *sparse,
+                0.1,
+                None,
+                0.9,
+                0.99,
+                1e-8,
+                0.0,
+                True,
+                False,
+                None,
+                None,
+            )
+        )
+    return calls
 
 
 def panel_calls() -> dict[str, list[tuple[Any, ...]]]:
@@ -176,8 +217,10 @@ def test_fallback_kernel_gives_the_same(name: str) -> None:
     """The kernel of devices without one of their own, reached through the dispatcher."""
     fallback = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
     for arguments in SAMPLES[name]:
-        mine = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
-        theirs = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
+        mine, theirs = (
+            tree_map(lambda a: a.detach().clone() if isinstance(a, Tensor) else a, list(arguments))
+            for _ in range(2)
+        )
         expected = op(name)(*mine)
         actual = op(name).redispatch(fallback, *theirs)
         for a, b in zip(tree_leaves((actual, theirs)), tree_leaves((expected, mine)), strict=True):

@@ -17,6 +17,7 @@ const std::vector<Level>& levels() {  // slowest first; only those that this hos
   static const std::vector<Level> all = [] {
     std::vector<Level> found{{"scalar", scalar_kernels()}};
     found.back().table.linear = scalar_linear();
+    found.back().table.optim = scalar_optim();
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
                       __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
@@ -27,11 +28,13 @@ const std::vector<Level>& levels() {  // slowest first; only those that this hos
       found.push_back({"avx2", avx2_kernels()});
       found.back().table.linear = scalar_linear();
       use_avx2_linear(found.back().table.linear);
+      found.back().table.optim = avx2_optim();
     }
     if (avx512) {
       found.push_back({"avx512", avx512_kernels()});
       found.back().table.linear = scalar_linear();
       use_avx512_linear(found.back().table.linear);
+      found.back().table.optim = avx512_optim();
       if (__builtin_cpu_supports("avx512bf16")) use_avx512_bf16_linear(found.back().table.linear);
     }
 #endif

@@ -10,6 +10,7 @@
 
 #include "../../core/dtype.h"
 #include "linear.h"
+#include "optim.h"
 
 namespace nms {
 
@@ -61,6 +62,7 @@ struct Kernels {
   ApplyFn apply_bits[4];  // by log2 of the element size: 1, 2, 4, 8 bytes
   int64_t (*count_differing)(const uint8_t* a, const uint8_t* b, int64_t bytes);  // differing bits
   LinearTable linear = {};                                                        // filled by dispatch.cpp
+  OptimTable optim = {};                                                          // likewise
 };
 
 // One table per instruction set; a kernel without a faster version stays the scalar one.

@@ -20,6 +20,10 @@ NMS_TARGET_REGION("avx2,fma,f16c")
 namespace nms {
 namespace {
 
+#include "convert_lanes.h"
+
+#include "convert_avx2.h"
+
 #include "linear_rows.h"
 
 #include "linear_avx2.h"

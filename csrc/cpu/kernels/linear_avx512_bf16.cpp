@@ -25,6 +25,10 @@ NMS_TARGET_REGION("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 namespace nms {
 namespace {
 
+#include "convert_lanes.h"
+
+#include "convert_avx512.h"
+
 #include "linear_rows.h"
 
 #include "linear_avx512.h"

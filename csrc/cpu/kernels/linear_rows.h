@@ -4,20 +4,6 @@
 // Note    Included inside a target region (or none, for the scalar kernels), before linear_table.h.
 #pragma once
 
-// Sixteen numbers between an element type and the type of its arithmetic. Instruction sets specialise it.
-template <DType D>
-struct Conversion {
-  using Bits = typename Element<D>::Bits;
-  using Number = typename Arithmetic<D>::Type;
-
-  static NMS_INLINE void widen(const Bits* in, Number* out) {
-    for (int i = 0; i < kPanelRows; ++i) out[i] = to_arithmetic<D>(in[i]);
-  }
-  static NMS_INLINE void narrow(const Number* in, Bits* out) {
-    for (int i = 0; i < kPanelRows; ++i) out[i] = from_arithmetic<D>(in[i]);
-  }
-};
-
 // ---- x ----
 
 template <DType D, class Packed>

@@ -13,6 +13,8 @@
 namespace nms {
 namespace {
 
+#include "convert_lanes.h"
+
 #include "linear_rows.h"
 
 // Any number of rows up to 16, any pattern.
