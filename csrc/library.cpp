@@ -29,6 +29,9 @@ STABLE_TORCH_LIBRARY(nmsparse, m) {
       "int[] patterns, str term, float lambda_w, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
       "float weight_decay, bool amsgrad, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()");
   m.def("panel_pack(Tensor values, Tensor indices, int n, int m, SymInt k) -> (Tensor, Tensor)");
+  m.def(
+      "panel_restore(Tensor value_panels, Tensor index_panels, int n, int m, SymInt rows, SymInt k) -> (Tensor, "
+      "Tensor)");
   m.def("panel_unpack(Tensor value_panels, Tensor index_panels, int n, int m, SymInt rows, SymInt k) -> Tensor");
   m.def(
       "panel_linear(Tensor x, Tensor value_panels, Tensor index_panels, Tensor? bias, int n, int m, SymInt rows, "

@@ -54,6 +54,7 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
         "changes",
     ),
     "panel_pack": (),
+    "panel_restore": (),
     "panel_unpack": (),
     "panel_linear": (),
 }
@@ -248,6 +249,17 @@ def _fake_panel_pack(values: Tensor, indices: Tensor, n: int, m: int, k: int) ->
     return (
         values.new_empty(layout.value_shape(rows)),
         values.new_empty(layout.index_shape(rows), dtype=torch.int32),
+    )
+
+
+@_fake
+def _fake_panel_restore(
+    value_panels: Tensor, index_panels: Tensor, n: int, m: int, rows: int, k: int
+) -> tuple[Tensor, Tensor]:
+    panel_checks.check_panels(value_panels, index_panels, n, m, rows, k)
+    return (
+        value_panels.new_empty((rows, checks.ceil_div(k, m) * n)),
+        value_panels.new_empty((rows, checks.index_row_bytes(n, m, k)), dtype=torch.uint8),
     )
 
 

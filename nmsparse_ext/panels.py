@@ -16,7 +16,15 @@ from . import _ops  # noqa: F401  (registers torch.ops.nmsparse)
 from ._panel_layout import MAX_PANEL_M
 from .pattern import Pattern
 
-__all__ = ["Activation", "Panels", "panel_linear", "panel_pack", "panel_unpack", "why_no_panels"]
+__all__ = [
+    "Activation",
+    "Panels",
+    "panel_linear",
+    "panel_pack",
+    "panel_restore",
+    "panel_unpack",
+    "why_no_panels",
+]
 
 Activation = Literal["none", "relu", "gelu", "silu"]
 
@@ -60,6 +68,11 @@ def panel_pack(values: Tensor, indices: Tensor, pattern: Pattern, *, k: int) -> 
         New tensors.
     """
     return Panels(*_nms.panel_pack(values.contiguous(), indices.contiguous(), pattern.n, pattern.m, k))
+
+
+def panel_restore(panels: Panels, pattern: Pattern, *, rows: int, k: int) -> tuple[Tensor, Tensor]:
+    """The ``values`` and ``indices`` that the panels were packed from, bit for bit; new tensors."""
+    return _nms.panel_restore(panels.values, panels.indices, pattern.n, pattern.m, rows, k)
 
 
 def panel_unpack(panels: Panels, pattern: Pattern, *, rows: int, k: int) -> Tensor:

@@ -252,13 +252,18 @@ def compress(w: Tensor, n: int, m: int, dim: int, pad: bool) -> tuple[Tensor, Te
     checks.check_weight(w, n, m, dim, pad)
     position = _ranking(w, m, dim)[..., :n].sort(dim=-1).values
     values = _grouped(_as_int(w), m, dim).gather(-1, position).flatten(-2).contiguous().view(w.dtype)
+    return values, _encode(position, n, m)
+
+
+def _encode(position: Tensor, n: int, m: int) -> Tensor:
+    """The packed indices of ascending positions ``[..., groups, n]`` in their groups."""
     if Pattern(n, m).encoding == "bitmask":
         empty = position.new_zeros(*position.shape[:-1], m)
         group_bits = empty.scatter_(-1, position, 1)
     else:
-        shift = torch.arange(Pattern(n, m).index_bits, device=w.device)
+        shift = torch.arange(Pattern(n, m).index_bits, device=position.device)
         group_bits = ((position.unsqueeze(-1) >> shift) & 1).flatten(-2)
-    return values, _pack_last(group_bits.flatten(-2))
+    return _pack_last(group_bits.flatten(-2))
 
 
 def decompress(values: Tensor, indices: Tensor, n: int, m: int, k: int, dim: int) -> Tensor:
@@ -372,26 +377,46 @@ def panel_pack(values: Tensor, indices: Tensor, n: int, m: int, k: int) -> tuple
     return value_panels.contiguous().view(values.dtype), words.to(torch.int32)
 
 
-def panel_unpack(value_panels: Tensor, index_panels: Tensor, n: int, m: int, rows: int, k: int) -> Tensor:
-    """The dense weight ``[rows, k]`` of its panel form."""
-    panel_checks.check_panels(value_panels, index_panels, n, m, rows, k)
-    layout = PanelLayout.of(n, m, k, value_panels.dtype)
-    panels, slots = value_panels.shape[0], layout.steps * layout.slots
+def _by_row(value_panels: Tensor, index_panels: Tensor, layout: PanelLayout) -> tuple[Tensor, Tensor]:
+    """Values (as integers) and index fields row by row: ``[panels * 16, windows, slots]``."""
+    panels = value_panels.shape[0]
     words = index_panels.to(torch.int64).view(panels, layout.words, 1, PANEL_ROWS, 1)
     fields = (words >> _field_shifts(layout, words.device)) & ((1 << layout.index_bits) - 1)
-    fields = fields.flatten(1, 2)[:, :slots]
+    fields = fields.flatten(1, 2)[:, : layout.steps * layout.slots]
 
     def by_row(x: Tensor) -> Tensor:
         split = x.reshape(panels, layout.steps, layout.slots, PANEL_ROWS, layout.halves)
         windows = layout.steps * layout.halves
-        return split.permute(0, 3, 1, 4, 2).reshape(panels * PANEL_ROWS, windows, layout.slots)[:rows]
+        return split.permute(0, 3, 1, 4, 2).reshape(panels * PANEL_ROWS, windows, layout.slots)
 
-    places = by_row(fields)
+    return by_row(_as_int(value_panels)), by_row(fields)
+
+
+def panel_restore(
+    value_panels: Tensor, index_panels: Tensor, n: int, m: int, rows: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """What `panel_pack` was given, bit for bit: ``values [rows, groups * n]`` and ``indices``."""
+    panel_checks.check_panels(value_panels, index_panels, n, m, rows, k)
+    layout = PanelLayout.of(n, m, k, value_panels.dtype)
+    groups = ceil_div(k, m)
+    values, places = _by_row(value_panels, index_panels, layout)
+    if layout.index_bits == 4:
+        places = places - _group_starts(layout, places.device)
+    kept = values.flatten(1)[:rows, : groups * n].contiguous().view(value_panels.dtype)
+    places = places.flatten(1)[:rows, : groups * n].reshape(rows, groups, n)
+    return kept, _encode(places, n, m)
+
+
+def panel_unpack(value_panels: Tensor, index_panels: Tensor, n: int, m: int, rows: int, k: int) -> Tensor:
+    """The dense weight ``[rows, k]`` of its panel form."""
+    panel_checks.check_panels(value_panels, index_panels, n, m, rows, k)
+    layout = PanelLayout.of(n, m, k, value_panels.dtype)
+    values, places = (part[:rows] for part in _by_row(value_panels, index_panels, layout))
     if layout.index_bits == 2:
-        places = places + _group_starts(layout, words.device)
+        places = places + _group_starts(layout, places.device)
     # A window has room for every place that a field can name.
-    dense = _as_int(value_panels).new_zeros(rows, layout.steps * layout.halves, WINDOW_INPUTS)
-    dense.scatter_(-1, places, by_row(_as_int(value_panels)))
+    dense = values.new_zeros(rows, layout.steps * layout.halves, WINDOW_INPUTS)
+    dense.scatter_(-1, places, values)
     return dense[..., : layout.window].flatten(1)[:, :k].contiguous().view(value_panels.dtype)
 
 

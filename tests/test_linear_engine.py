@@ -94,6 +94,9 @@ def test_panel_form_is_the_reference_s(pattern: str, dtype: torch.dtype) -> None
         dense = torch.ops.nmsparse.panel_unpack(*actual, p.n, p.m, rows, k)
         assert_same_bits(dense, reference.decompress(values, indices, p.n, p.m, k, 1))
         assert_same_bits(dense, reference.panel_unpack(*expected, p.n, p.m, rows, k))
+        for restore in (torch.ops.nmsparse.panel_restore, reference.panel_restore):
+            for restored, part in zip(restore(*actual, p.n, p.m, rows, k), (values, indices), strict=True):
+                assert_same_bits(restored, part, f"{rows}x{k}")
 
 
 def test_panels_are_aligned() -> None:
@@ -118,6 +121,7 @@ def test_damaged_indices_are_as_safe_as_others(isa: str) -> None:
         form = panels.panel_pack(values, noise, p, k=50)
         assert panels.panel_linear(torch.ones(5, 50), form, None, p, rows=20, k=50).isfinite().all()
         assert panels.panel_unpack(form, p, rows=20, k=50).isfinite().all()
+        assert panels.panel_restore(form, p, rows=20, k=50)[1].shape == indices.shape
 
 
 # -------------------------------------------------------------------------------------------------- product

@@ -180,6 +180,7 @@ def panel_calls() -> dict[str, list[tuple[Any, ...]]]:
     ]
     return {
         "panel_pack": [(values, indices, n, m, k) for values, indices, n, m, _, k in packed],
+        "panel_restore": list(panels),
         "panel_unpack": list(panels),
         "panel_linear": [
             # Small integers: their sums are exact in any order.

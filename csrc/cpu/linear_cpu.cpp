@@ -1,4 +1,4 @@
-// panel_pack, panel_unpack, panel_linear: the packed product of linear layers.
+// panel_pack, panel_restore, panel_unpack, panel_linear: the packed product of linear layers.
 #include <algorithm>
 #include <string>
 
@@ -25,7 +25,7 @@ PanelForm form_of(const Tensor& value_panels, const Tensor& index_panels, int64_
   return form;
 }
 
-// ---- panel_pack, panel_unpack ----
+// ---- panel_pack, panel_restore, panel_unpack ----
 
 std::tuple<Tensor, Tensor> panel_pack_cpu(const Tensor& values, const Tensor& indices, int64_t n, int64_t m,
                                           int64_t k) {
@@ -52,6 +52,21 @@ std::tuple<Tensor, Tensor> panel_pack_cpu(const Tensor& values, const Tensor& in
     pack_panels(form, values.const_data_ptr(), const_bytes_of(indices), begin, end);
   });
   return {value_panels, index_panels};
+}
+
+std::tuple<Tensor, Tensor> panel_restore_cpu(const Tensor& value_panels, const Tensor& index_panels, int64_t n,
+                                             int64_t m, int64_t rows, int64_t k) {
+  check_panels(value_panels, index_panels, n, m, rows, k);
+  const int64_t groups = ceil_div(k, m);
+  const PackedFormat format = packed_format(static_cast<int>(n), static_cast<int>(m));
+  Tensor values = new_empty(value_panels, {rows, groups * n}, value_panels.scalar_type());
+  Tensor indices = new_empty(value_panels, {rows, index_row_bytes(format, groups)}, ScalarType::Byte);
+  const PanelForm form = form_of(value_panels, index_panels, n, m, rows, k);
+  const int64_t grain = ceil_div(kThreadWork, std::max<int64_t>(1, form.layout.panel_values()));
+  torch::stable::parallel_for(0, panel_count(rows), grain, [&](int64_t begin, int64_t end) {
+    restore_panels(form, values.mutable_data_ptr(), static_cast<uint8_t*>(indices.mutable_data_ptr()), begin, end);
+  });
+  return {values, indices};
 }
 
 Tensor panel_unpack_cpu(const Tensor& value_panels, const Tensor& index_panels, int64_t n, int64_t m, int64_t rows,
@@ -185,6 +200,7 @@ Tensor panel_linear_cpu(const Tensor& x, const Tensor& value_panels, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(nmsparse, CPU, m) {
   m.impl("panel_pack", TORCH_BOX(&panel_pack_cpu));
+  m.impl("panel_restore", TORCH_BOX(&panel_restore_cpu));
   m.impl("panel_unpack", TORCH_BOX(&panel_unpack_cpu));
   m.impl("panel_linear", TORCH_BOX(&panel_linear_cpu));
 }

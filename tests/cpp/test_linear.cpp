@@ -176,6 +176,22 @@ void test_unpack() {
   }
 }
 
+void test_restore() {
+  for (const Pattern p : kPatterns) {
+    for (const DType dtype : kTypes) {
+      for (const auto& [rows, k] : {std::pair<int, int>{1, 1}, {16, 64}, {5, 33}, {40, 31}, {17, 96}}) {
+        Weight w(dtype, p.n, p.m, rows, k);
+        const int64_t kept = rows * w.groups * p.n;
+        Array values(dtype, kept);
+        std::vector<uint8_t> indices(static_cast<size_t>(rows * w.index_bytes));
+        nms::restore_panels(w.form(dtype, rows, k), values.data(), indices.data(), 0, nms::panel_count(rows));
+        CHECK(std::memcmp(values.data(), w.values.data(), kept * size_of(dtype)) == 0);
+        CHECK(std::memcmp(indices.data(), w.indices.get(), indices.size()) == 0);
+      }
+    }
+  }
+}
+
 const char* kernels_name = "";
 nms::LinearTable table;  // under test
 
@@ -297,6 +313,7 @@ void test_kernels(const char* name, const nms::LinearTable& kernels) {
 int main() {
   test_layout();
   test_unpack();
+  test_restore();
   for (const char* isa : nms::cpu_isas()) {
     CHECK(nms::set_cpu_isa(isa));
     test_kernels(isa, nms::kernels().linear);

@@ -19,6 +19,10 @@ struct PanelForm {
 // encoder writes give a wrong form, but one that is as safe to use as any other.
 void pack_panels(const PanelForm& form, const void* values, const uint8_t* indices, int64_t first, int64_t last);
 
+// The packed rows of panels [first, last) again: values [rows, groups * n] and indices [rows, index bytes], both
+// contiguous. The same bits as pack_panels was given.
+void restore_panels(const PanelForm& form, void* values, uint8_t* indices, int64_t first, int64_t last);
+
 // The dense rows [rows, k], contiguous, of panels [first, last).
 void unpack_panels(const PanelForm& form, void* dense, int64_t first, int64_t last);
 
