@@ -28,6 +28,13 @@ STABLE_TORCH_LIBRARY(nmsparse, m) {
       "Tensor(d!)[] max_exp_avg_sqs, Tensor[] steps, Tensor(e!)[] sparse, Tensor(f!)[] bits, Tensor(g!)[] changes, "
       "int[] patterns, str term, float lambda_w, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
       "float weight_decay, bool amsgrad, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()");
+  m.def(
+      "foreach_add_pruned(Tensor[] grads, Tensor[] ws, Tensor[] bits, int[] dims, float[] alphas, Tensor? scale, "
+      "Tensor(a!)[] outs) -> ()");
+  m.def("foreach_apply_bits(Tensor[] ws, Tensor[] bits, int[] dims, Tensor(a!)[] outs) -> ()");
+  m.def(
+      "foreach_reselect(Tensor[] ws, int[] ns, int[] ms, int[] dims, Tensor(a!)[] outs, Tensor(b!)[] bits, "
+      "Tensor(c!) changes, int[] places, Tensor(d!)? work) -> ()");
   m.def("panel_pack(Tensor values, Tensor indices, int n, int m, SymInt k) -> (Tensor, Tensor)");
   m.def(
       "panel_restore(Tensor value_panels, Tensor index_panels, int n, int m, SymInt rows, SymInt k) -> (Tensor, "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
+from . import _list_checks as list_checks
 from . import _optim_checks as optim_checks
 from . import _panel_layout as panel_checks
 from . import reference
@@ -53,6 +54,9 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
         "bits",
         "changes",
     ),
+    "foreach_add_pruned": ("outs",),
+    "foreach_apply_bits": ("outs",),
+    "foreach_reselect": ("outs", "bits", "changes", "work"),
     "panel_pack": (),
     "panel_restore": (),
     "panel_unpack": (),
@@ -240,6 +244,41 @@ def _fake_adamw_(
     optim_checks.check_step(weights, grads, states, *lists, term)
     optim_checks.check_scalars(weights, lr_tensor, grad_scale, found_inf)
     optim_checks.check_steps(weights, steps)
+
+
+@_fake
+def _fake_foreach_add_pruned(
+    grads: list[Tensor],
+    ws: list[Tensor],
+    bits: list[Tensor],
+    dims: list[int],
+    alphas: list[float],
+    scale: Tensor | None,
+    outs: list[Tensor],
+) -> None:
+    list_checks.check_foreach_add_pruned(grads, ws, bits, dims, alphas, scale, outs)
+
+
+@_fake
+def _fake_foreach_apply_bits(
+    ws: list[Tensor], bits: list[Tensor], dims: list[int], outs: list[Tensor]
+) -> None:
+    list_checks.check_foreach_apply_bits(ws, bits, dims, outs)
+
+
+@_fake
+def _fake_foreach_reselect(
+    ws: list[Tensor],
+    ns: list[int],
+    ms: list[int],
+    dims: list[int],
+    outs: list[Tensor],
+    bits: list[Tensor],
+    changes: Tensor,
+    places: list[int],
+    work: Tensor | None,
+) -> None:
+    list_checks.check_foreach_reselect(ws, ns, ms, dims, outs, bits, changes, places, work)
 
 
 @_fake

@@ -22,6 +22,7 @@ from . import _panel_layout as panel_checks
 from ._checks import ceil_div
 from ._panel_layout import PANEL_ROWS, WINDOW_INPUTS, PanelLayout
 from .pattern import Pattern
+from .reference_lists import foreach_add_pruned, foreach_apply_bits, foreach_reselect  # noqa: F401
 
 # ----------------------------------------------------------------------------------------- the selection rule
 

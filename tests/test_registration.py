@@ -117,6 +117,7 @@ def sample_calls() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "check_indices": [(indices, n, m, w.shape[dim]) for w, _, indices, n, m, dim in packed],
         "transposable_bits": [(torch.randn(8, 12),), (torch.randn(12, 4, dtype=torch.bfloat16).T,)],
+        **list_calls(),
         **panel_calls(),
         **optim_calls(),
     }
@@ -159,6 +160,28 @@ def optim_calls() -> dict[str, list[tuple[Any, ...]]]:
                 None,
             )
         )
+    return calls
+
+
+def list_calls() -> dict[str, list[tuple[Any, ...]]]:
+    """The ops on lists: none, one, and several weights of other shapes and group dims."""
+    calls: dict[str, list[tuple[Any, ...]]] = {
+        "foreach_add_pruned": [],
+        "foreach_apply_bits": [],
+        "foreach_reselect": [],
+    }
+    wide = [(torch.randn(8, 16), 1), (torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last), 1)]
+    for weights, dtype in (([], None), (wide, torch.float32), (wide, torch.bfloat16)):
+        ws, dims = [w for w, _ in weights], [dim for _, dim in weights]
+        bits = [reference.mask_bits(w, 2, 4, dim, False) for w, dim in weights]
+        grads = [torch.randn_like(w).to(dtype) for w in ws]
+        sums = [torch.empty_like(w) for w in ws]
+        outs = [torch.empty_like(w, dtype=dtype) for w in ws]
+        alphas, ns, ms = [0.5] * len(ws), [1] * len(ws), [4] * len(ws)
+        changes, places = torch.zeros(3, dtype=torch.int64), list(range(1, len(ws) + 1))
+        calls["foreach_add_pruned"].append((grads, ws, bits, dims, alphas, torch.tensor(2.0), sums))
+        calls["foreach_apply_bits"].append((ws, bits, dims, outs))
+        calls["foreach_reselect"].append((ws, ns, ms, dims, outs, bits, changes, places, None))
     return calls
 
 

@@ -1,4 +1,4 @@
-// pack_bits, unpack_bits, apply_bits, add_pruned_, sad: working with packed masks.
+// pack_bits, unpack_bits, apply_bits, sad: working with packed masks.
 #include <atomic>
 
 #include "huge_pages.h"
@@ -70,32 +70,6 @@ Tensor apply_bits_cpu(const Tensor& w, const Tensor& bits, int64_t dim) {
 
 void apply_bits_inplace_cpu(const Tensor& w, const Tensor& bits, int64_t dim) { apply_into(w, bits, dim, w); }
 
-void add_pruned_inplace_cpu(const Tensor& grad, const Tensor& w, const Tensor& bits, int64_t dim, double alpha,
-                            std::optional<Tensor> scale) {
-  const DType grad_dtype = gradient_dtype_of(grad, "grad");
-  const DType w_dtype = gradient_dtype_of(w, "w");
-  check_same_shape(grad, w, "grad and w");
-  check_same_device(grad, w, "grad and w");
-  check_bits(bits, w, dim);
-  check_writable(grad, "grad");
-  double factor = alpha;
-  if (scale) {
-    NMS_CHECK(scale->scalar_type() == ScalarType::Float && scale->numel() == 1 && scale->is_cpu(),
-              "scale must be one float32 on grad's device");
-    factor *= *static_cast<const float*>(scale->const_data_ptr());
-  }
-  const Panels panels = make_panels(grad, &w, dim, 8);
-  const int64_t grad_element = static_cast<int64_t>(grad.element_size());
-  const int64_t w_element = static_cast<int64_t>(w.element_size());
-  const int64_t bits_row = ceil_div(panels.k, 8);
-  parallel_tiles(panels, 8, [&](const Tile& tile) {
-    for (int64_t r = 0; r < tile.rows; ++r)
-      add_pruned(grad_dtype, bytes_of(grad) + (tile.a + r * panels.a.row) * grad_element, panels.a.k, w_dtype,
-                 const_bytes_of(w) + (tile.b + r * panels.b.row) * w_element, panels.b.k,
-                 const_bytes_of(bits) + (tile.first_row + r) * bits_row + tile.first_k / 8, tile.k, factor);
-  });
-}
-
 void sad_out_cpu(const Tensor& a, const Tensor& b, const Tensor& out) {
   const bool masks = a.scalar_type() == ScalarType::Bool || a.scalar_type() == ScalarType::Byte;
   NMS_CHECK(masks && a.scalar_type() == b.scalar_type(), "a and b must both be packed bits (uint8) or both be bool");
@@ -128,7 +102,6 @@ STABLE_TORCH_LIBRARY_IMPL(nmsparse, CPU, m) {
   m.impl("unpack_bits", TORCH_BOX(&unpack_bits_cpu));
   m.impl("apply_bits", TORCH_BOX(&apply_bits_cpu));
   m.impl("apply_bits_", TORCH_BOX(&apply_bits_inplace_cpu));
-  m.impl("add_pruned_", TORCH_BOX(&add_pruned_inplace_cpu));
   m.impl("sad", TORCH_BOX(&sad_cpu));
   m.impl("sad_out", TORCH_BOX(&sad_out_cpu));
 }

@@ -21,7 +21,8 @@ class StateHooks:
     """Makes an optimizer's state dict whole, and takes it over bit for bit.
 
     ``Optimizer.load_state_dict`` casts every tensor to the dtype of its parameter, packed bits included, so
-    ours are set aside before it starts and put in place when it is done.
+    ours are set aside before it starts and put in place when it is done. Momenta are cast like those of the
+    dense weights, whose they are: these are in the parameter groups meanwhile.
     """
 
     def __init__(self, stepper: Stepper) -> None:
@@ -62,22 +63,26 @@ class StateHooks:
             weight.check_state(dense, bits)
             self._incoming.append((weight, dense, bits))
             state[key] = {name: value for name, value in entries.items() if name not in (DENSE_KEY, BITS_KEY)}
+        if _same_groups(optimizer, state_dict):  # or it is refused now
+            self._stepper.exchange.find_members()
+            self._stepper.exchange.enter()
         return {**state_dict, "state": state}
 
     @torch.no_grad()
     def after_load_state_dict(self, optimizer: torch.optim.Optimizer) -> None:
         """The load post-hook."""
         stepper = self._stepper
-        stepper.reset()
+        stepper.exchange.leave(put_state=False)
+        stepper.exchange.find_members(anew=True)
         step = saved_step(optimizer)
         for weight, dense, bits in self._incoming:
-            weight.pattern = stepper.pattern_at(weight, step)
+            stepper.plan(weight, step)
             weight.load_state(dense, bits, stepper.rule, Step(step, {}))
         if self._incoming:
             stepper.log.load(step)
         self._incoming = []
         if optimizer.state:
-            stepper.put_state()
+            stepper.exchange.put_state()
         stepper.write_step()
 
     def _saved(self, state_dict: StateDict) -> Iterator[tuple[Any, SparseWeight | None]]:
@@ -90,6 +95,15 @@ class StateHooks:
 
     def __getstate__(self) -> StateDict:
         return {**self.__dict__, "_incoming": []}
+
+
+def _same_groups(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> bool:
+    """Whether saved parameter groups are of the sizes of the optimizer's."""
+    sizes = [
+        [len(group["params"]) for group in groups]
+        for groups in (optimizer.param_groups, state_dict["param_groups"])
+    ]
+    return sizes[0] == sizes[1]
 
 
 def saved_step(optimizer: torch.optim.Optimizer) -> int:

@@ -4,23 +4,26 @@ A rule says up to four things about a sparse weight at an optimizer step, in thi
 
 1. `Rule.adjust_dense`: a change to the dense weight beside the optimizer (none by default);
 2. `Rule.adjust_grad`: a change to the gradient that the optimizer sees (none by default);
-3. `Rule.choose`: the new mask and the masked weight (by default the largest ``|w|`` of each group);
+3. `Rule.choose`: the new mask and the masked weight (by default the largest ``|w|`` of each group), unless
+   the mask is kept (`Rule.renews`, a schedule);
 4. `Rule.soften`: what pruned weights contribute to the forward pass all the same (by default nothing).
 
-Everything else (when a step is one, what the gradient's scale is, where the dense weight lives) is settled
-before a rule is asked, so a rule is the formula in the paper and nothing more.
+Everything else (when a step is one, what the gradient's scale is, where the dense weight lives, with which
+pattern and how often masks are chosen) is settled before a rule is asked, so a rule is the formula in the
+paper and nothing more.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import foreach, ops
 
 if TYPE_CHECKING:
     from .weight import SparseWeight
@@ -65,6 +68,9 @@ class Rule:
         ...         )
     """
 
+    renews = True
+    """Whether masks are chosen anew at every step, as the schedule has it; else only for a new pattern."""
+
     @property
     def edits_grad(self) -> bool:
         """Whether `adjust_grad` does anything; if not, the gradient needs no copy."""
@@ -81,16 +87,37 @@ class Rule:
 
         Args:
             weight: The weight; ``weight.dense`` and ``weight.bits`` are what the forward pass was made with.
-            grad: The weight's shape and dtype; multiplied by ``step.grad_scale`` if that is set.
+            grad: The dense weight's shape and dtype; multiplied by ``step.grad_scale`` if that is set.
             step: The step being made.
         """
+
+    def adjust_grads(
+        self,
+        weights: Sequence[SparseWeight],
+        grads: Sequence[Tensor],
+        outs: Sequence[Tensor],
+        steps: Sequence[Step],
+    ) -> None:
+        """`adjust_grad` for all weights of a device at once: a rule may have a faster way.
+
+        Args:
+            weights: The weights.
+            grads: Their gradients, not to be changed.
+            outs: Receive what the optimizer is to see; hold nothing of use.
+            steps: The step being made, as each of them sees it.
+        """
+        for weight, grad, out, step in zip(weights, grads, outs, steps, strict=True):
+            out.copy_(grad)
+            self.adjust_grad(weight, out, step)
 
     def choose(self, weight: SparseWeight, out: Tensor, bits: Tensor, step: Step) -> None:
         """Chooses the next mask. Called after the optimizer's step, gradient or not, and once at the start.
 
+        Not called where the mask is kept.
+
         Args:
             weight: The weight; ``weight.dense`` is the new one, ``weight.bits`` still the old mask.
-            out: To write the masked weight to; the weight's shape and dtype.
+            out: To write the masked weight to; the parameter's shape and dtype.
             bits: To write the packed mask to; holds nothing of use.
             step: The step being made.
         """
@@ -157,9 +184,29 @@ class SrSte(Rule):
 
     def adjust_grad(self, weight: SparseWeight, grad: Tensor, step: Step) -> None:
         """Adds ``lambda_w * (1 - E) * W``."""
+        self.adjust_grads([weight], [grad], [grad], [step])
+
+    def adjust_grads(
+        self,
+        weights: Sequence[SparseWeight],
+        grads: Sequence[Tensor],
+        outs: Sequence[Tensor],
+        steps: Sequence[Step],
+    ) -> None:
+        """Adds ``lambda_w * (1 - E) * W`` to each."""
+        foreach.add_pruned(
+            grads,
+            [weight.dense for weight in weights],
+            [weight.bits for weight in weights],
+            dims=[weight.dim for weight in weights],
+            alphas=[self._alpha(step) for step in steps],
+            scale=steps[0].grad_scale,
+            outs=outs,
+        )
+
+    def _alpha(self, step: Step) -> float:
         # An optimizer that maximizes negates what it is given, but the pull is towards zero either way.
-        alpha = -self.lambda_w if step.group.get("maximize") else self.lambda_w
-        ops.add_pruned_(grad, weight.dense, weight.bits, dim=weight.dim, alpha=alpha, scale=step.grad_scale)
+        return -self.lambda_w if step.group.get("maximize") else self.lambda_w
 
     def adjust_dense(self, weight: SparseWeight, step: Step) -> None:
         """Subtracts ``lr * lambda_w * (1 - E) * W``."""
@@ -194,16 +241,23 @@ class Static(Rule):
     weight. What was pruned stays available as `Sparsifier.dense_weight`.
     """
 
+    renews = False
+
     def adjust_grad(self, weight: SparseWeight, grad: Tensor, step: Step) -> None:
         """Zeroes the gradient of pruned weights."""
-        ops.apply_bits_(grad, weight.bits, dim=weight.dim)
+        self.adjust_grads([weight], [grad], [grad], [step])
 
-    def choose(self, weight: SparseWeight, out: Tensor, bits: Tensor, step: Step) -> None:
-        """Keeps the mask, unless there is none yet or a schedule has changed the pattern."""
-        if weight.pattern == weight.mask_pattern:
-            weight.keep_mask(out, bits)
-        else:
-            weight.new_mask(out, bits)
+    def adjust_grads(
+        self,
+        weights: Sequence[SparseWeight],
+        grads: Sequence[Tensor],
+        outs: Sequence[Tensor],
+        steps: Sequence[Step],
+    ) -> None:
+        """Copies the gradients of kept weights, and zeros for the others."""
+        foreach.apply_bits(
+            grads, [weight.bits for weight in weights], dims=[weight.dim for weight in weights], outs=outs
+        )
 
 
 def make_rule(method: str | Rule, lambda_w: float, penalty: str) -> Rule:

@@ -88,7 +88,7 @@ class SadLog:
         self._may_skip = False
         self._row = 0
         self._rings = {
-            device: _Ring([i for i, other in enumerate(devices) if other == device], device)
+            device: _Ring({i: name for i, name in enumerate(names) if devices[i] == device}, device)
             for device in dict.fromkeys(devices)
         }
         self._devices = list(devices)
@@ -107,13 +107,15 @@ class SadLog:
         """The number of the step being made, without waiting; too high if the device has skipped some."""
         return self._made + 1
 
-    def counters(self) -> list[Tensor]:
-        """Where the step being made writes its counts: one int64 a weight, on the weight's device."""
-        counters: list[Tensor] = [torch.Tensor()] * len(self._names)
+    def row(self, device: torch.device) -> tuple[Tensor, dict[str, int]]:
+        """Where the step being made writes its counts of the weights on a device: int64, and where in it."""
+        ring = self._rings[device]
+        return ring.table[self._row], ring.places
+
+    def clear(self) -> None:
+        """Forgets what was written of a step that is not going to be one."""
         for ring in self._rings.values():
-            for column, counter in zip(ring.columns, ring.table[self._row].unbind(), strict=False):
-                counters[column] = counter
-        return counters
+            ring.table[self._row].zero_()
 
     def commit(self, skipped: Tensor | None = None) -> None:
         """Closes the row of a step.
@@ -212,13 +214,14 @@ class _Ring:
     """The counters of the weights on one device.
 
     Args:
-        columns: Which weights.
+        names: Which weights, by number.
         device: The device.
     """
 
-    def __init__(self, columns: list[int], device: torch.device) -> None:
-        self.columns = columns
-        self.table = torch.zeros(_RING_ROWS, len(columns) + 1, dtype=torch.int64, device=device)
+    def __init__(self, names: dict[int, str], device: torch.device) -> None:
+        self.columns = list(names)
+        self.places = {name: place for place, name in enumerate(names.values())}
+        self.table = torch.zeros(_RING_ROWS, len(names) + 1, dtype=torch.int64, device=device)
 
     def send(self, rows: int) -> tuple[Tensor, torch.cuda.Event | None]:
         """Copies the first rows to the host and empties them; from a GPU, comes with an event to wait for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from .guard import STEP_KEY, check_model, check_not_packed, check_optimizer, set
 from .ranks import check_ranks_equal
 from .rules import Rule, Step, make_rule
 from .sad import SadHistory, SadLog
-from .schedule import Schedule, ScheduleFunction, as_function
+from .schedule import Schedule, ScheduleFunction, as_schedule
 from .stepping import Stepper
 from .weight import BITS_KEY, DENSE_KEY, SparseWeight
 
@@ -92,6 +93,7 @@ class Sparsifier:
         lambda_w: float = 2e-4,
         schedule: Schedule | ScheduleFunction | None = None,
         penalty: str = "gradient",
+        transposable: bool = False,
         process_group: Any = None,
     ) -> None:
         optimizer = check_optimizer(optimizer)
@@ -107,12 +109,15 @@ class Sparsifier:
         spans = {weight.name: weight.span for weight in listed}
         self._aliases = {alias: weight.name for weight in listed for alias in weight.names}
         self._places = {weight.name: (weight.module, weight.attr) for weight in resolved.values()}
-        self._weights = {name: SparseWeight(weight, spans[name]) for name, weight in resolved.items()}
+        self._transposable = bool(transposable)
+        self._weights = {
+            name: SparseWeight(weight, spans[name], self._transposable) for name, weight in resolved.items()
+        }
 
         devices = [weight.dense.device for weight in self._weights.values()]
         log = SadLog(list(self._weights), devices, saved_step(optimizer), self._sum_over_ranks)
         self._stepper = Stepper(
-            optimizer, self._weights, rule, as_function(schedule), log, at_first_step=self._check_first_step
+            optimizer, self._weights, rule, as_schedule(schedule), log, at_first_step=self._check_first_step
         )
         self._first_masks()
         self._remembered: dict[int, dict[str, Tensor]] = {}
@@ -246,7 +251,9 @@ class Sparsifier:
             return self._model
         stepper.catch_up()
         for weight in self._weights.values():
-            weight.pattern = weight.final_pattern
+            if stepper.schedule.ends_dense(self.step):
+                continue
+            weight.pattern, weight.share = weight.final_pattern, 0.0
             if weight.mask_pattern == weight.pattern:
                 weight.write_back(
                     Rule(), stepper.last_step
@@ -256,7 +263,7 @@ class Sparsifier:
         stepper.finished = True
         for handle in self._handles:
             handle.remove()
-        self._stepper.take_state()
+        self._stepper.exchange.take_state()
         for group in self.optimizer.param_groups:
             group.pop(STEP_KEY, None)
         set_sparsifier(self.optimizer, None)
@@ -279,17 +286,28 @@ class Sparsifier:
     @torch.no_grad()
     def _first_masks(self) -> None:
         """Chooses the masks to start with, or takes over those of an optimizer that was copied or loaded."""
-        stepper = self._stepper
+        stepper, rounded = self._stepper, list[str]()
         for weight in self._weights.values():
-            weight.pattern = stepper.pattern_at(weight, stepper.last_step.number)
+            stepper.plan(weight, stepper.last_step.number)
             entries = self.optimizer.state.get(weight.parameter, {})
             if DENSE_KEY in entries:
                 dense, bits = entries.pop(DENSE_KEY), entries.pop(BITS_KEY)
+                if dense.dtype != weight.dense.dtype:
+                    rounded.append(weight.name)
                 weight.load_state(dense, bits.to(torch.uint8), stepper.rule, stepper.last_step)
             else:
                 weight.choose(stepper.rule, stepper.last_step)
+                weight.release()
+        stepper.exchange.widen_state()
         if self.optimizer.state:
-            stepper.put_state()
+            stepper.exchange.put_state()
+        if rounded:
+            warnings.warn(
+                f"the optimizer's state was loaded without a Sparsifier, which has rounded the dense weights "
+                f"and momenta of {', '.join(rounded[:3])}{' and others' * (len(rounded) > 3)} to the "
+                f"parameters' dtype; make the Sparsifier first, then load",
+                stacklevel=4,
+            )
 
     def _check_first_step(self) -> None:
         """Checks what can only be known once training starts."""
@@ -303,7 +321,8 @@ class Sparsifier:
                 )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and self._process_group is not False:
-            check_ranks_equal(list(self._weights.values()), repr(self.rule), self._process_group)
+            settings = f"{self.rule!r}, {self._stepper.schedule!r}, transposable={self._transposable}"
+            check_ranks_equal(list(self._weights.values()), settings, self._process_group)
 
     # ----------------------------------------------------------------------------------------------- state
 
@@ -344,7 +363,7 @@ class Sparsifier:
         stepper, step = self._stepper, Step(state["step"], {})
         stepper.recover()
         for name, weight in self._weights.items():
-            weight.pattern = stepper.pattern_at(weight, step.number)
+            stepper.plan(weight, step.number)
             weight.load_state(saved[name][DENSE_KEY], saved[name][BITS_KEY], stepper.rule, step)
         stepper.log.load(state["step"], state["sad"]["first"], state["sad"]["table"])
         self._remembered = {

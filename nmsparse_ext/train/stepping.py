@@ -1,4 +1,4 @@
-"""What happens at ``optimizer.step()``: the hooks that swap dense weights in and sparse ones back."""
+"""What happens at ``optimizer.step()``: the hooks that put dense weights in and write sparse ones back."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..pattern import Pattern
+from .exchange import Exchange
 from .guard import STEP_KEY
+from .masks import MaskChooser
 from .rules import Rule, Step
 from .sad import SadLog
-from .schedule import ScheduleFunction
+from .schedule import Schedule
 from .weight import DENSE_KEY, SparseWeight
 
 # Every hooked step() runs in a frame of this code, whose local `self` is the optimizer.
@@ -31,7 +33,7 @@ class Stepper:
         optimizer: The optimizer.
         weights: ``{name: weight}``.
         rule: What to do to each of them.
-        schedule: With which pattern, if not its own.
+        schedule: With which patterns, how often, how strictly.
         log: Where SAD is counted, and with it the steps.
         at_first_step: Called once, before the first step changes anything.
     """
@@ -41,7 +43,7 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         weights: dict[str, SparseWeight],
         rule: Rule,
-        schedule: ScheduleFunction | None,
+        schedule: Schedule,
         log: SadLog,
         at_first_step: Callable[[], None],
     ) -> None:
@@ -50,17 +52,16 @@ class Stepper:
         self.rule = rule
         self.schedule = schedule
         self.log = log
+        self.exchange = Exchange(optimizer, weights, rule)
+        self._masks = MaskChooser(rule, log)
         self._at_first_step: Callable[[], None] | None = at_first_step
         self.finished = False
         self._warned = False
         self._begin()
-        self.find_members()
 
     def _begin(self) -> None:
         """The part of the state that lives no longer than a step."""
-        self._members: list[tuple[SparseWeight, int]] = []
-        self._census: list[int] | None = None
-        self._step: Step | None = None  # set: the parameters point at the dense weights
+        self._step: int | None = None  # set: the optimizer has the dense weights
         self._awaits_closure = False
         self._idle = False  # the step being made is none
         self._depth = 0  # of hooked step() calls within the one being made
@@ -81,10 +82,11 @@ class Stepper:
             self._depth += 1
             return None
         self.recover()
-        self.take_state()
         self._idle = self._is_no_step(kwargs)
         if self._idle:
             self.catch_up()
+            self.exchange.enter()
+            self.exchange.give_grads(self.log.next_step, edit=False)
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
@@ -111,11 +113,11 @@ class Stepper:
                 f"sparse weights instead of the dense ones"
             )
         if self._idle:
-            for weight in self.weights.values():
+            self.exchange.leave()
+            for weight, _ in self.exchange.members:
                 weight.mark()
         else:
             self._leave()
-        self.put_state()
 
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Forward and backward see the sparse weights; the swap comes right after them."""
@@ -157,49 +159,48 @@ class Stepper:
             and all(_is_zero(group.get("lr")) for group in self.optimizer.param_groups)
         )
 
-    # ---------------------------------------------------------------------------------------- the exchange
+    # ------------------------------------------------------------------------------------ before and after
 
     def _enter(self) -> None:
-        """Swaps the dense weights in and lets the rule have its say."""
-        self.find_members()
+        """Gives the optimizer the dense weights, and gradients in which the rule has had its say."""
+        exchange = self.exchange
+        exchange.find_members()
         if self._at_first_step is not None:
             self._at_first_step()
             self._at_first_step = None
         self.catch_up()
-        optimizer, rule = self.optimizer, self.rule
-        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        step = Step(self.log.next_step, {}, scale, found_inf)
-        patterns = [self.pattern_at(weight, step.number) for weight, _ in self._members]
-        for weight, _ in self._members:
+        number = self.log.next_step
+        plans = [self.plan_at(weight, number) for weight, _ in exchange.members]
+        for weight, _ in exchange.members:
             weight.check_grad()
-        for (weight, _), pattern in zip(self._members, patterns, strict=True):
-            weight.pattern = pattern
-        self._step = step
+        for (weight, _), plan in zip(exchange.members, plans, strict=True):
+            weight.pattern, weight.renews, weight.share = plan
+        self._step = number
         try:
-            for weight, group in self._members:
-                step.group = optimizer.param_groups[group]
-                if weight.parameter.grad is not None:
-                    rule.adjust_dense(weight, step)
-                weight.enter()
-                grad = weight.lend_grad() if rule.edits_grad else None
-                if grad is not None:
-                    step.grad_scale = _on(scale, grad.device)
-                    rule.adjust_grad(weight, grad, step)
+            exchange.enter()
+            exchange.give_grads(number)
         except BaseException:
             self.recover()
             raise
 
     def _leave(self) -> None:
         """Writes the new masked weights to the parameters, and counts."""
-        step = self._step
-        assert step is not None
-        counters = dict(zip(self.weights, self.log.counters(), strict=True))
-        for weight, group in self._members:
-            step.group = self.optimizer.param_groups[group]
-            weight.leave(self.rule, step, counters[weight.name])
+        number = self._step
+        assert number is not None
+        exchange = self.exchange
+        written = [weight.name for weight, _ in exchange.members if weight.touched()]
+        if written:
+            self.recover()
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__}.step() has updated {written[0]} itself, which is sparse, "
+                f"instead of what is in its param_groups: it keeps a list of parameters of its own"
+            )
+        exchange.leave()
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        self._masks.choose(exchange.members, self.optimizer.param_groups, number)
         self._step = None
-        on_device = step.found_inf is not None and step.found_inf.device.type != "cpu"
-        self.log.commit(step.found_inf if on_device else None)
+        on_device = found_inf is not None and found_inf.device.type != "cpu"
+        self.log.commit(found_inf if on_device else None)
         self.write_step()
 
     @property
@@ -207,28 +208,17 @@ class Stepper:
         return self._step is not None or self._awaits_closure
 
     def recover(self) -> None:
-        """Ends a step that an exception has cut short: no parameter is left pointing at its dense weight."""
+        """Ends a step that an exception has cut short: the optimizer is left with no dense weight."""
         entered, self._step = self._step is not None, None
         self._awaits_closure, self._depth = False, 0
+        self.exchange.leave()
         if entered:
+            self.log.clear()
             with torch.no_grad():
-                for weight, _ in self._members:
+                for weight, _ in self.exchange.members:
                     weight.cancel(self.rule, self.last_step)
 
     # --------------------------------------------------------------------------------------- between steps
-
-    def find_members(self) -> None:
-        """Finds the weights in the parameter groups, again whenever a group or a parameter has been added."""
-        groups = self.optimizer.param_groups
-        census = [len(group["params"]) for group in groups]
-        if census == self._census:
-            return
-        for group in groups:
-            self.rule.check_group(group)
-        group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
-        by_group = ((weight, group_of.get(id(weight.parameter))) for weight in self.weights.values())
-        self._members = [(weight, group) for weight, group in by_group if group is not None]
-        self._census = census
 
     @torch.no_grad()
     def catch_up(self) -> None:
@@ -248,7 +238,7 @@ class Stepper:
         changed = [weight.name for weight in touched if weight.adopt(self.rule, self.last_step)]
         self.log.move([weight.dense.device for weight in self.weights.values()])
         if any(DENSE_KEY in entries for entries in self.optimizer.state.values()):
-            self.put_state()
+            self.exchange.put_state()
         if changed and not self._warned:
             self._warned = True
             warnings.warn(
@@ -257,35 +247,23 @@ class Stepper:
                 stacklevel=_callers_stacklevel(),
             )
 
-    def pattern_at(self, weight: SparseWeight, step: int) -> Pattern:
-        """The pattern of the mask that is chosen at the end of ``step``.
+    def plan_at(self, weight: SparseWeight, step: int) -> tuple[Pattern, bool, float]:
+        """What the schedule has for the end of ``step``: pattern, whether masks are chosen anew, share.
 
         Raises:
-            ValueError: If the schedule's does not fit the weight.
+            ValueError: If the pattern does not fit the weight.
         """
-        if self.schedule is None:
-            return weight.final_pattern
-        pattern = Pattern.parse(
-            self.schedule(step, weight.name, weight.final_pattern), argument="scheduled pattern"
-        )
+        final, schedule = weight.final_pattern, self.schedule
+        pattern = Pattern.parse(schedule.pattern(step, weight.name, final), argument="scheduled pattern")
         if pattern != weight.pattern:
             weight.check_pattern(pattern, step)
-        return pattern
+        return pattern, schedule.renews(step), schedule.share(step)
+
+    def plan(self, weight: SparseWeight, step: int) -> None:
+        """Gives a weight what the schedule has for the end of ``step``."""
+        weight.pattern, weight.renews, weight.share = self.plan_at(weight, step)
 
     # ----------------------------------------------------------------------------------------------- state
-
-    def put_state(self) -> None:
-        """Puts dense weights and masks into the optimizer's state, where others look for such things."""
-        for weight, _ in self._members:
-            self.optimizer.state[weight.parameter].update(weight.state)
-
-    def take_state(self) -> None:
-        """Takes them out for the time of a step: many optimizers begin their own state if it is empty."""
-        state = self.optimizer.state
-        for weight, _ in self._members:
-            entries = state.get(weight.parameter)
-            if entries is not None:
-                weight.take_state(entries)
 
     def write_step(self) -> None:
         """Notes the number of steps made in the parameter groups."""
@@ -294,12 +272,11 @@ class Stepper:
 
     def reset(self) -> None:
         """Starts over with parameter groups that others have replaced."""
-        self._census = None
-        self.find_members()
+        self.exchange.find_members(anew=True)
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
-        dropped = ("_members", "_census", "_step", "_awaits_closure", "_idle", "_depth")
+        dropped = ("_step", "_awaits_closure", "_idle", "_depth")
         return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -333,8 +310,3 @@ def _is_zero(lr: Any) -> bool:
     if isinstance(lr, Tensor):
         return lr.device.type == "cpu" and not lr.any()
     return lr is None or lr == 0
-
-
-def _on(scale: Tensor | None, device: torch.device) -> Tensor | None:
-    """A gradient scale on ``device``: a model may span several."""
-    return scale if scale is None or scale.device == device else scale.to(device, non_blocking=True)

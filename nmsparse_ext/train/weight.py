@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import ops
+from .. import foreach, ops
 from .dtensor import assign, check_placement, is_dtensor, local_of, same_placement, wrap_bits, wrap_like
+from .transposable import PATTERN, any_in_group, holds, spread_over_tiles, tile_dim, transposable_bits
 
 if TYPE_CHECKING:
     from ..pattern import Pattern
@@ -20,14 +21,19 @@ DENSE_KEY = "nm_dense"
 BITS_KEY = "nm_bits"
 
 
+def dense_dtype_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the dense weight behind a parameter: 16-bit ones would swallow small updates."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 class SparseWeight:
     """A sparse parameter and the dense weight behind it.
 
-    Between optimizer steps the parameter's own storage holds ``where(mask, dense, 0)``, unless
-    `Rule.soften` has it otherwise. During a step the parameter points at the dense weight instead (`enter`),
-    the optimizer updates that, and afterwards the new sparse weight is written to the parameter's storage
-    (`leave`). The storage never moves, which is what CUDA graphs, FSDP's all-gather and compiled graphs count
-    on; and while it lies idle during a step, it serves as the scratch copy of the gradient.
+    Between optimizer steps the parameter holds ``where(mask, dense, 0)``, rounded to its dtype, unless a rule
+    or a schedule lets pruned weights fade out. During a step the optimizer is given another parameter instead
+    (`master`), which is the dense weight; afterwards the new sparse weight is written to the parameter's own
+    storage. That storage never moves, which is what CUDA graphs, FSDP's all-gather and compiled graphs count
+    on; and while it lies idle during a step, it holds the gradient that the optimizer sees.
 
     What rules may read (tensors are this rank's part of a sharded weight):
 
@@ -38,35 +44,38 @@ class SparseWeight:
         pattern: The pattern that the next mask is chosen with.
         final_pattern: The pattern of the scheme, where a schedule ends.
         mask_pattern: The pattern that the current mask was chosen with; ``None`` before the first.
+        renews: Whether the schedule has the next mask chosen anew; a mask of another pattern always is.
+        share: Of every pruned weight, the part that still takes part in the forward pass.
+        dense: The dense weight: the parameter's shape and layout; float32 behind a 16-bit parameter.
+        bits: The packed mask, 1 = kept: uint8 [other dims..., ceil(K / 8)].
+        master: What the optimizer updates: a parameter that is the dense weight.
     """
 
-    def __init__(self, resolved: ResolvedWeight, span: int) -> None:
+    dense: Tensor
+    bits: Tensor
+    master: nn.Parameter
+
+    def __init__(self, resolved: ResolvedWeight, span: int, transposable: bool = False) -> None:
         self.name = resolved.name
         self.parameter = resolved.parameter
         self.dim = resolved.group_dim
         self.pattern = self.final_pattern = resolved.pattern
         self.mask_pattern: Pattern | None = None
+        self.renews = True
+        self.share = 0.0
         self._span = span  # groups must not cross multiples of this
         self._sharded = is_dtensor(self.parameter)
         check_placement(self.name, self.parameter, self.dim)
+        self._tile_dim = tile_dim(resolved) if transposable else None
 
-        self._dense = self.parameter.detach().clone()
-        self._bits = wrap_bits(_new_bits(self.dense, self.dim), self.parameter, self.dim)
-        self._next_bits = torch.empty_like(self.bits)
-        self._lent: Tensor | None = None
+        local = self._local.detach()
+        self._dense = wrap_like(local.to(dense_dtype_of(local.dtype), copy=True), self.parameter)
+        self._bits = wrap_bits(_new_bits(local, self.dim), self.parameter, self.dim)
+        self._spare_bits: Tensor | None = None
+        self._wide_grad: Tensor | None = None
         self._rebind()
 
     # ---------------------------------------------------------------------------------- what rules may use
-
-    @property
-    def dense(self) -> Tensor:
-        """The dense weight; the parameter's shape, dtype and layout."""
-        return local_of(self._dense)
-
-    @property
-    def bits(self) -> Tensor:
-        """The packed mask, 1 = kept: uint8 [other dims..., ceil(K / 8)]."""
-        return local_of(self._bits)
 
     @property
     def mask(self) -> Tensor:
@@ -74,14 +83,26 @@ class SparseWeight:
         return ops.unpack_bits(self.bits, self.dense.shape[self.dim], dim=self.dim)
 
     def new_mask(self, out: Tensor, bits: Tensor) -> None:
-        """Chooses the mask anew from the dense weight: the largest ``|w|`` of each group, one pass."""
-        ops.prune_into(self.dense, self.pattern, dim=self.dim, out=out, bits=bits)
+        """Chooses the mask anew from the dense weight: the largest ``|w|`` of each group."""
+        if self.in_tiles:
+            assert self._tile_dim is not None
+            bits.copy_(transposable_bits(self.dense, self.dim, self._tile_dim))
+        elif out.dtype == self.dense.dtype:
+            ops.prune_into(self.dense, self.pattern, dim=self.dim, out=out, bits=bits)
+            return
+        else:
+            bits.copy_(ops.mask_bits(self.dense, self.pattern, dim=self.dim))
+        foreach.apply_bits([self.dense], [bits], dims=[self.dim], outs=[out])
 
     def keep_mask(self, out: Tensor, bits: Tensor) -> None:
         """Masks the dense weight with the mask that it has."""
         bits.copy_(self.bits)
-        out.copy_(self.dense)
-        ops.apply_bits_(out, bits, dim=self.dim)
+        foreach.apply_bits([self.dense], [bits], dims=[self.dim], outs=[out])
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether the next mask is a transposable one."""
+        return self._tile_dim is not None and self.pattern == PATTERN
 
     # ---------------------------------------------------------------------------------- one optimizer step
 
@@ -114,33 +135,28 @@ class SparseWeight:
                 f"{self._span} weights along dim {self.dim}, which are no multiple of {pattern.m}"
             )
 
-    def enter(self) -> None:
-        """Points the parameter at the dense weight. Its own storage lies idle until `leave`."""
-        self._local.data = self.dense
+    @property
+    def widens(self) -> bool:
+        """Whether the dense weight has another dtype than the parameter."""
+        return self.dense.dtype != self.sparse.dtype
 
-    def lend_grad(self) -> Tensor | None:
-        """Puts a copy of the gradient in its place, for a rule to change, and returns it.
+    def lend_grad(self) -> Tensor:
+        """Gives the master a gradient of its own, and returns it, to be filled in.
 
-        The copy lies in the parameter's idle storage, so it costs no memory. ``None`` without a gradient.
+        It lies in the parameter's idle storage, so it costs no memory, except behind a 16-bit parameter: that
+        has no room for a float32 gradient.
         """
-        grad = self.parameter.grad
-        if grad is None:
-            return None
-        self._sparse.copy_(local_of(grad))
-        self._lent, self.parameter.grad = grad, self._scratch
-        return self._sparse
-
-    def leave(self, rule: Rule, step: Step, changes: Tensor) -> None:
-        """Points the parameter at its own storage again, with the next mask and the new sparse weight."""
-        self._take_back_grad()
-        self.choose(rule, step, changes)
-        self._local.data = self._sparse
-        self.mark()
+        if not self.widens:
+            self.master.grad = self._scratch
+            return self.sparse
+        if self._wide_grad is None:
+            self._wide_grad = torch.empty_like(self.dense)
+        self.master.grad = wrap_like(self._wide_grad, self.parameter)
+        return self._wide_grad
 
     def cancel(self, rule: Rule, step: Step) -> None:
         """Ends a step that went wrong: the dense weight stays as it is by now, the mask as it was."""
-        self._take_back_grad()
-        self._local.data = self._sparse
+        self.master.grad = None
         self.write_back(rule, step)
 
     def choose(self, rule: Rule, step: Step, changes: Tensor | None = None) -> None:
@@ -148,14 +164,33 @@ class SparseWeight:
 
         ``changes`` (one int64) receives the number of weights that are kept in one of old and new mask only.
         """
-        rule.choose(self, self._sparse, self._next_bits, step)
+        if self._spare_bits is None:
+            self._spare_bits = torch.empty_like(self.bits)
+        if self.is_due(rule):
+            rule.choose(self, self.sparse, self._spare_bits, step)
+        else:
+            self.keep_mask(self.sparse, self._spare_bits)
         if changes is not None:
-            ops.sad_into(self.bits, self._next_bits, changes)
+            ops.sad_into(self.bits, self._spare_bits, changes)
         # A copy, not an exchange of pointers: a CUDA graph would go on to read the old mask for ever.
-        self.bits.copy_(self._next_bits)
+        self.bits.copy_(self._spare_bits)
         self.mask_pattern = self.pattern
-        rule.soften(self, self._sparse, step)
+        self.soften(self.sparse, rule, step)
         self.mark()
+
+    def release(self) -> None:
+        """Frees working memory that may not be needed again."""
+        self._spare_bits = None
+
+    def is_due(self, rule: Rule) -> bool:
+        """Whether the next mask is chosen anew."""
+        return self.pattern != self.mask_pattern or (self.renews and rule.renews)
+
+    def soften(self, out: Tensor, rule: Rule, step: Step) -> None:
+        """Adds to the masked weight what pruned weights contribute all the same."""
+        if self.share:
+            ops.add_pruned_(out, self.dense, self.bits, dim=self.dim, alpha=self.share)
+        rule.soften(self, out, step)
 
     # --------------------------------------------------------------------------------- writes from outside
 
@@ -183,17 +218,25 @@ class SparseWeight:
                 f"{self.name} has changed its shape from {list(self.dense.shape)} to {list(local.shape)} "
                 f"under its Sparsifier; finalize() it first, then make a new optimizer and a new Sparsifier"
             )
-        if not _alike(self._dense, self.parameter):
+        # What the last step left, moved and rounded as the parameter has been.
+        expected = torch.empty_like(self.dense, dtype=self.sparse.dtype)
+        self._render(expected, rule, step)
+        expected = expected.to(local.device, local.dtype)
+        if not self._fits(self._dense):
             self._move(local)
         assert self.mask_pattern is not None  # it has a mask from the start
-        expected = torch.empty_like(self.dense)
-        self._render(expected, rule, step)
         written = (local != expected) & ~(local.isnan() & expected.isnan())
         changed = bool(written.any())
         if changed:
-            groups = _any_in_group(written, self.mask_pattern.m, self.dim)
-            chosen = ops.nm_mask(local, self.mask_pattern, dim=self.dim)
-            self.dense.copy_(torch.where(groups, local, self.dense))
+            values = local.to(self.dense.dtype)
+            if self._tile_dim is not None and self.mask_pattern == PATTERN:
+                groups = spread_over_tiles(written, self.dim, self._tile_dim)
+                bits = transposable_bits(values, self.dim, self._tile_dim).contiguous()
+                chosen = ops.unpack_bits(bits, values.shape[self.dim], dim=self.dim)
+            else:
+                groups = any_in_group(written, self.mask_pattern.m, self.dim)
+                chosen = ops.nm_mask(values, self.mask_pattern, dim=self.dim)
+            self.dense.copy_(torch.where(groups, values, self.dense))
             self.bits.copy_(ops.pack_bits(torch.where(groups, chosen, self.mask), dim=self.dim))
         self._rebind()
         if changed:
@@ -202,7 +245,7 @@ class SparseWeight:
 
     def write_back(self, rule: Rule, step: Step) -> None:
         """Makes the parameter hold the sparse weight."""
-        self._render(self._sparse, rule, step)
+        self._render(self.sparse, rule, step)
         self.mark()
 
     # ----------------------------------------------------------------------------------------------- state
@@ -229,13 +272,13 @@ class SparseWeight:
     def load_state(self, dense: Tensor, bits: Tensor, rule: Rule, step: Step) -> None:
         """Takes over saved state, and makes the parameter hold the sparse weight."""
         self.check_state(dense, bits)
-        if not _alike(self._dense, self.parameter):
+        if not self._fits(self._dense):
             self._move(self._local)
         assign(self._dense, dense)
         assign(self._bits, bits)
         self._rebind()
         masked = ops.apply_bits(self.dense, self.bits, dim=self.dim)
-        if ops.find_violation(masked, self.pattern, dim=self.dim) is None:
+        if self._holds(masked):
             self.mask_pattern = self.pattern
             self.write_back(rule, step)
         else:  # saved under another pattern: the weight carries over, the mask cannot
@@ -245,11 +288,13 @@ class SparseWeight:
     def take_state(self, entries: dict[str, Any]) -> None:
         """Takes our entries out of ``entries``; and takes them over if somebody has replaced (moved) them."""
         dense, bits = entries.pop(DENSE_KEY, self._dense), entries.pop(BITS_KEY, self._bits)
-        if dense is not self._dense and _alike(dense, self.parameter):
+        if dense is self._dense and bits is self._bits:
+            return
+        if self._fits(dense):
             self._dense = dense
-        if bits is not self._bits and bits.device == self.parameter.device:
+        if bits.device == self.parameter.device:
             self._bits = bits.to(torch.uint8)
-            self._next_bits = torch.empty_like(self.bits)
+        self._rebind()
 
     @property
     def whole_mask(self) -> Tensor:
@@ -262,12 +307,13 @@ class SparseWeight:
         return self._dense
 
     def __getstate__(self) -> dict[str, Any]:
-        # The alias of the parameter's storage would become a tensor of its own in a copy.
-        dropped = ("_sparse", "_scratch", "_stamp", "_lent")
+        # Aliases would become tensors of their own in a copy.
+        dropped = ("sparse", "_scratch", "_stamp", "dense", "bits", "master", "_wide_grad", "_spare_bits")
         return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._wide_grad = self._spare_bits = None
         self._rebind()
 
     # ------------------------------------------------------------------------------------------- internals
@@ -278,44 +324,47 @@ class SparseWeight:
 
     def _render(self, out: Tensor, rule: Rule, step: Step) -> None:
         """Writes the sparse weight to ``out``, which must not be the dense one."""
-        out.copy_(self.dense)
-        ops.apply_bits_(out, self.bits, dim=self.dim)
-        rule.soften(self, out, step)
+        foreach.apply_bits([self.dense], [self.bits], dims=[self.dim], outs=[out])
+        self.soften(out, rule, step)
 
-    def _take_back_grad(self) -> None:
-        if self._lent is not None:
-            self.parameter.grad, self._lent = self._lent, None
+    def _holds(self, masked: Tensor) -> bool:
+        """Whether a masked weight has the pattern of the next mask."""
+        if self.in_tiles:
+            assert self._tile_dim is not None
+            return holds(masked, self.dim, self._tile_dim)
+        return ops.find_violation(masked, self.pattern, dim=self.dim) is None
 
     def _current_stamp(self) -> tuple[int, int, int]:
         # A DTensor counts writes to itself; those to its local part are counted there.
         local = self._local
         return self.parameter._version, local._version, local.data_ptr()
 
+    def _fits(self, dense: Tensor) -> bool:
+        """Whether ``dense`` can be the dense weight behind the parameter as it is now."""
+        wanted = (dense_dtype_of(self.parameter.dtype), self.parameter.device, self.parameter.shape)
+        return (dense.dtype, dense.device, dense.shape) == wanted and same_placement(dense, self.parameter)
+
+    @torch.no_grad()
     def _rebind(self) -> None:
-        """Takes the parameter's present storage for its own."""
-        self._lent = None
-        self._sparse = self._local.data
-        self._scratch = wrap_like(self._sparse, self.parameter)
+        """Takes the parameter's present storage for its own, and the dense weight's for the master's."""
+        # Not `.data`: writes must count as writes to the parameter, for autograd and for us.
+        self.sparse = self._local.detach()
+        self._scratch = wrap_like(self.sparse, self.parameter)
+        self.dense, self.bits = local_of(self._dense), local_of(self._bits)
+        self.master = nn.Parameter(self._dense, requires_grad=self.parameter.requires_grad)
+        for key, value in self.parameter.__dict__.items():  # what optimizers may tell parameters apart by
+            self.master.__dict__.setdefault(key, value)
         self.mark()
 
     def _move(self, like: Tensor) -> None:
         """Follows the parameter to another device or dtype."""
-        self._dense = wrap_like(self.dense.to(like.device, like.dtype), self.parameter)
+        dense = self.dense.to(like.device, dense_dtype_of(like.dtype))
+        self._dense = wrap_like(dense, self.parameter)
         self._bits = wrap_bits(self.bits.to(like.device), self.parameter, self.dim)
-        self._next_bits = torch.empty_like(self.bits)
+        self.dense, self.bits = local_of(self._dense), local_of(self._bits)
+        self._wide_grad = self._spare_bits = None
 
 
 def _new_bits(weight: Tensor, dim: int) -> Tensor:
     shape = [size for d, size in enumerate(weight.shape) if d != dim]
     return torch.zeros([*shape, -(-weight.shape[dim] // 8)], dtype=torch.uint8, device=weight.device)
-
-
-def _any_in_group(flags: Tensor, m: int, dim: int) -> Tensor:
-    """Spreads a flag (bool) to all weights of its group of ``m`` along ``dim``."""
-    last = flags.movedim(dim, -1)
-    groups = last.unflatten(-1, (-1, m)) if last.numel() else last.unsqueeze(-1)
-    return groups.any(-1, keepdim=True).expand(groups.shape).reshape(last.shape).movedim(-1, dim)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and same_placement(a, b)

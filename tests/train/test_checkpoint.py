@@ -77,20 +77,33 @@ def test_resume_from_model_and_optimizer(
     assert again.history["0.weight"] == sparsifier.history["0.weight"][steps:]
 
 
-def test_resume_before_the_sparsifier_is_made(make: Make, dtype: torch.dtype) -> None:
-    model, optimizer, sparsifier = build(make, dtype)
-    train(model, optimizer, 3, dtype=dtype)
+def test_resume_before_the_sparsifier_is_made(make: Make) -> None:
+    model, optimizer, sparsifier = build(make, torch.float64)
+    train(model, optimizer, 3)
     saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    losses = train(model, optimizer, 4, start=3, dtype=dtype)
+    losses = train(model, optimizer, 4, start=3)
 
-    other = mlp(dtype, seed=7)
+    other = mlp(seed=7)
     resumed = make(other.parameters())
     other.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
     again = Sparsifier(other, resumed, "2:4", lambda_w=0.05)
     assert again.step == 3
-    assert train(other, resumed, 4, start=3, dtype=dtype) == losses
+    assert train(other, resumed, 4, start=3) == losses
     assert_same(everything(other, again), everything(model, sparsifier))
+
+
+def test_loading_without_a_sparsifier_rounds_what_is_behind_16_bits(make: Make) -> None:
+    model, optimizer, _ = build(make, torch.bfloat16)
+    train(model, optimizer, 3, dtype=torch.bfloat16)
+    other = mlp(torch.bfloat16, seed=7)
+    resumed = make(other.parameters())
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    with pytest.warns(UserWarning, match=r"rounded .* of 0.weight, 2.weight .* make the Sparsifier first"):
+        again = Sparsifier(other, resumed, "2:4", lambda_w=0.05)
+    train(other, resumed, 1, start=3, dtype=torch.bfloat16)
+    assert_satisfies(other, again.scheme)
 
 
 def test_resume_from_its_own_state(make: Make, dtype: torch.dtype) -> None:
@@ -124,7 +137,9 @@ def test_the_optimizer_state_has_what_a_step_needs_and_nothing_of_another_type()
         train(model, optimizer, steps, dtype=torch.bfloat16)
         state = optimizer.state_dict()["state"]
         assert sorted(state) == [0, 1, 2, 3]
-        assert state[0]["nm_dense"].dtype == torch.bfloat16
+        assert state[0]["nm_dense"].dtype == torch.float32
+        assert not steps or state[0]["exp_avg"].dtype == torch.float32
+        assert not steps or state[1]["exp_avg"].dtype == torch.bfloat16
         assert state[0]["nm_bits"].dtype == torch.uint8
         assert state[0]["nm_bits"].shape == (8, 2)
         assert ("exp_avg" in state[0]) == bool(steps)

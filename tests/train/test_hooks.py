@@ -514,7 +514,7 @@ def test_hooks_allocate_no_tensors_after_the_first_step(method: str, penalty: st
 
 
 def test_one_gradient_buffer_of_extra_memory_is_not_needed() -> None:
-    """What a sparse weight costs: the dense weight, two masks of one bit a weight, and those remembered."""
+    """What a sparse weight costs: the dense weight, a mask of one bit a weight, and those remembered."""
     model = nn.Linear(64, 128)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     sparsifier = Sparsifier(model, optimizer, {"weight": "2:4"})
@@ -528,4 +528,4 @@ def test_one_gradient_buffer_of_extra_memory_is_not_needed() -> None:
     }
     own = model.weight.untyped_storage()
     assert tensors.pop(own._cdata) == own.nbytes()
-    assert sum(tensors.values()) == own.nbytes() + 2 * model.weight.numel() // 8
+    assert sum(tensors.values()) == own.nbytes() + model.weight.numel() // 8

@@ -121,7 +121,7 @@ def test_parameters_that_were_replaced() -> None:
 @pytest.mark.parametrize("argument", [3, "2:4", object()])
 def test_a_schedule_that_is_none(argument) -> None:
     model = mlp()
-    with pytest.raises(TypeError, match="schedule must be a function"):
+    with pytest.raises(TypeError, match="schedule must be a Schedule, a function"):
         Sparsifier(model, sgd(model), "2:4", schedule=argument)
 
 

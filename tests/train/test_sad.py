@@ -111,14 +111,12 @@ def test_steps_that_are_skipped_on_the_device_are_dropped_when_read() -> None:
     """What a fused optimizer under a GradScaler does on a GPU, where only the kernel knows."""
     log = sad_module.SadLog(["a", "b"], [torch.device("cpu")] * 2)
     for step, skipped in enumerate([0.0, 1.0, 0.0, 1.0, 0.0]):
-        for counter in log.counters():
-            counter.fill_(step)
+        log.row(torch.device("cpu"))[0][:2].fill_(step)
         log.commit(torch.tensor(skipped))
     assert log.step == 3
     history = log.history({"a": 8, "b": 8})
     assert (history.steps, history["a"]) == ([1, 2, 3], [0, 2, 4])
-    for counter in log.counters():
-        counter.fill_(9)
+    log.row(torch.device("cpu"))[0][:2].fill_(9)
     log.commit(torch.tensor(1.0))
     assert log.last() == {"a": 4, "b": 4}
     assert log.next_step == 4

@@ -1,4 +1,5 @@
-// Packed masks to and from bytes, and the SR-STE term on the weights that a mask prunes.
+// Packed masks to and from bytes, the SR-STE term on the weights that a mask prunes, and masked copies of another
+// dtype.
 #include "../../core/convert.h"
 #include "../../core/dtype_switch.h"
 #include "kernels.h"
@@ -39,6 +40,24 @@ void add_pruned(DType grad_dtype, void* grad, int64_t grad_k, DType w_dtype, con
         if (bits[i >> 3] >> (i & 7) & 1) continue;
         const Sum term = static_cast<Sum>(factor) * static_cast<Sum>(to_arithmetic<d>(w_bits[i * w_k]));
         grad_bits[i * grad_k] = from_arithmetic<g>(to_arithmetic<g>(grad_bits[i * grad_k]) + term);
+      }
+    });
+  });
+}
+
+void apply_bits_rounded(DType src_dtype, DType dst_dtype, const ApplyPanel& p) {
+  switch_gradient_dtype(src_dtype, [&](auto s) {
+    switch_gradient_dtype(dst_dtype, [&](auto d) {
+      using To = typename Element<d>::Bits;
+      for (int64_t r = 0; r < p.rows; ++r) {
+        auto* src = static_cast<const typename Element<s>::Bits*>(p.src) + r * p.src_row;
+        auto* dst = static_cast<To*>(p.dst) + r * p.dst_row;
+        const uint8_t* bits = p.bits + r * p.bits_row;
+        for (int64_t i = 0; i < p.k; ++i) {
+          const auto value = static_cast<typename Arithmetic<d>::Type>(to_arithmetic<s>(src[i * p.src_k]));
+          const To kept = static_cast<To>(-(bits[i >> 3] >> (i & 7) & 1));
+          dst[i * p.dst_k] = static_cast<To>(from_arithmetic<d>(value) & kept);
+        }
       }
     });
   });

@@ -51,15 +51,28 @@ struct CompressPanel {
   bool stream;  // write the values past the cache
 };
 
+// out = grad + factor * where(bit, 0, w), one row of contiguous float32. Entries with a bit are copied as they are.
+struct AddPrunedRow {
+  const float* grad;    // [k]
+  const float* w;       // [k]
+  float* out;           // [k]; may be grad
+  const uint8_t* bits;  // [ceil(k / 8)]
+  int64_t k;
+  float factor;
+  bool stream;  // write out past the cache
+};
+
 using SelectFn = void (*)(const SelectPanel&);
 using ApplyFn = void (*)(const ApplyPanel&);
 using CompressFn = void (*)(const CompressPanel&);
+using AddPrunedFn = void (*)(const AddPrunedRow&);
 
 struct Kernels {
   const char* isa;  // "scalar", "avx2", "avx512"
   SelectFn select[kNumDTypes];
   CompressFn compress[kNumDTypes];
   ApplyFn apply_bits[4];  // by log2 of the element size: 1, 2, 4, 8 bytes
+  AddPrunedFn add_pruned;
   int64_t (*count_differing)(const uint8_t* a, const uint8_t* b, int64_t bytes);  // differing bits
   LinearTable linear = {};                                                        // filled by dispatch.cpp
   OptimTable optim = {};                                                          // likewise
@@ -102,6 +115,9 @@ int64_t find_bad_indices(const uint8_t* indices, int64_t indices_row, int64_t ro
 // grad += factor * w where the bit is 0. One strided row of k elements.
 void add_pruned(DType grad_dtype, void* grad, int64_t grad_k, DType w_dtype, const void* w, int64_t w_k,
                 const uint8_t* bits, int64_t k, double factor);
+
+// As Kernels::apply_bits, where dst is of another dtype than src: each value is rounded to it. Both as of gradients.
+void apply_bits_rounded(DType src_dtype, DType dst_dtype, const ApplyPanel& p);
 
 // bits of the best transposable 2:4 mask; rows and cols are multiples of 4.
 void select_transposable(DType dtype, const void* src, int64_t src_row, int64_t src_col, uint8_t* bits,

@@ -41,6 +41,8 @@ namespace {
 
 #include "simd_compress.h"
 
+#include "simd_add_pruned.h"
+
 #include "simd_table.h"
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "../../core/bits.h"
+#include "../../core/convert.h"
 #include "../../core/packed.h"
 #include "../../core/dtype_switch.h"
 #include "group_masks.h"
@@ -83,6 +84,16 @@ void apply_bits(const ApplyPanel& p) {
              p.dst_k, p.bits + r * p.bits_row, p.k);
 }
 
+void add_pruned_row(const AddPrunedRow& row) {
+  static constexpr ByteMasks<uint32_t> kMasks;
+  for (int64_t i = 0; i < row.k; ++i) {
+    const float sum = row.grad[i] + row.factor * row.w[i];
+    const uint32_t kept = kMasks.of[row.bits[i >> 3]][i & 7];
+    const uint32_t out = (bit_cast<uint32_t>(row.grad[i]) & kept) | (bit_cast<uint32_t>(sum) & ~kept);
+    row.out[i] = bit_cast<float>(out);
+  }
+}
+
 int64_t count_differing(const uint8_t* a, const uint8_t* b, int64_t bytes) {
   int64_t count = 0;
   int64_t i = 0;
@@ -102,6 +113,7 @@ Kernels make_table(std::integer_sequence<int, Is...>) {
                  {select<static_cast<DType>(Is)>...},
                  {compress<static_cast<DType>(Is)>...},
                  {apply_bits<uint8_t>, apply_bits<uint16_t>, apply_bits<uint32_t>, apply_bits<uint64_t>},
+                 add_pruned_row,
                  count_differing};
 }
 

@@ -343,3 +343,18 @@ struct BitCounter {
   }
   NMS_INLINE int64_t sum() const { return _mm512_reduce_add_epi64(total); }
 };
+
+// grad + factor * where(bit, 0, w): kFloats at a time, product and sum each rounded.
+struct PrunedSum {
+  static constexpr int kFloats = 16;
+  __m512 factor;
+
+  explicit NMS_INLINE PrunedSum(float f) : factor(_mm512_set1_ps(f)) {}
+  NMS_INLINE Vec of(const float* grad, const float* w, const uint8_t* bits) const {
+    __mmask16 kept;
+    std::memcpy(&kept, bits, sizeof(kept));
+    const __m512 g = _mm512_loadu_ps(grad);
+    const __m512 term = _mm512_mul_ps(factor, _mm512_loadu_ps(w));
+    return _mm512_castps_si512(_mm512_mask_add_ps(g, _knot_mask16(kept), g, term));
+  }
+};

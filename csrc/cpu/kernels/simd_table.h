@@ -20,6 +20,7 @@ inline Kernels simd_table(const char* isa) {
   table.apply_bits[0] = apply_bits<1>;
   table.apply_bits[1] = apply_bits<2>;
   table.apply_bits[2] = apply_bits<4>;
+  table.add_pruned = add_pruned;
   table.count_differing = count_differing;
   return table;
 }
