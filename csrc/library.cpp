@@ -43,4 +43,7 @@ STABLE_TORCH_LIBRARY(nmsparse, m) {
   m.def(
       "panel_linear(Tensor x, Tensor value_panels, Tensor index_panels, Tensor? bias, int n, int m, SymInt rows, "
       "SymInt k, str activation) -> Tensor");
+  m.def(
+      "panel_conv(Tensor x, Tensor value_panels, Tensor index_panels, Tensor? bias, int n, int m, SymInt rows, "
+      "SymInt k, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, str activation) -> Tensor");
 }

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks as checks
+from . import _conv_layout as conv_checks
 from . import _list_checks as list_checks
 from . import _optim_checks as optim_checks
 from . import _panel_layout as panel_checks
@@ -61,6 +62,7 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
     "panel_restore": (),
     "panel_unpack": (),
     "panel_linear": (),
+    "panel_conv": (),
 }
 
 
@@ -68,7 +70,7 @@ def schema_of(name: str) -> str:
     """The schema of an op, from the annotations of its reference function.
 
     ``infer_schema`` makes every int symbolic. Only sizes can be: a pattern or a dim that changes changes the
-    shapes.
+    shapes, and a kernel is part of the program.
     """
     mutated = MUTATED_ARGS[name]
     schema = torch.library.infer_schema(getattr(reference, name), mutates_args=mutated, op_name=name)
@@ -326,6 +328,30 @@ def _fake_panel_linear(
     return x.new_empty((*x.shape[:-1], rows))
 
 
+@_fake
+def _fake_panel_conv(
+    x: Tensor,
+    value_panels: Tensor,
+    index_panels: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    rows: int,
+    k: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    geometry = (kernel, stride, padding, dilation)
+    conv_checks.check_panel_conv(
+        x, value_panels, index_panels, bias, n, m, rows, k, *geometry, groups, activation
+    )
+    return x.new_empty((x.shape[0], *conv_checks.output_sizes(x.shape[1:-1], *geometry), rows))
+
+
 # --------------------------------------------------------------------------------------------------- autograd
 # A mask is a constant to autograd: gradients pass where weights are kept.
 
@@ -398,6 +424,66 @@ def _grad_panel_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, grad_bias, None, None, None, None, None
 
 
+def _save_panel_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, value_panels, index_panels, bias, *layout, activation = inputs
+    ctx.layout, ctx.activation, ctx.sizes = layout, activation, x.shape
+    again = (x, bias) if activation != "none" else (None, None)
+    ctx.save_for_backward(value_panels, index_panels, *again)
+
+
+def _grad_panel_conv(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and bias; PyTorch's own convolution takes that of x, with the weight made dense."""
+    value_panels, index_panels, x, bias = ctx.saved_tensors
+    if ctx.activation != "none":
+        before = torch.ops.nmsparse.panel_conv(x, value_panels, index_panels, bias, *ctx.layout, "none")
+        grad = grad * _slope(ctx.activation, before)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        n, m, rows, k, kernel, *geometry = ctx.layout
+        taps = math.prod(kernel)
+        row = taps * conv_checks.tap_inputs(n, m, k, taps, value_panels.dtype)
+        dense = torch.ops.nmsparse.panel_unpack(value_panels, index_panels, n, m, rows, row)
+        weight = conv_checks.weight_of_rows(dense, k, kernel)
+        grad_x = _grad_conv_input(grad, ctx.sizes, weight, *geometry)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+    return grad_x, None, None, grad_bias, *[None] * (len(ctx.layout) + 1)
+
+
+def _grad_conv_input(
+    grad: Tensor,
+    sizes: Sequence[int],
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of ``x [N, places..., C]``, with ``weight [O, I, kernel...]``."""
+    before, after = padding[::2], padding[1::2]
+    both = [min(sides) for sides in zip(before, after, strict=True)]
+    # PyTorch pads both sides alike; what is more on one side stands for places of x.
+    extra = [b - s for b, s in zip(before, both, strict=True)]
+    places = [size + b + a - 2 * s for size, b, a, s in zip(sizes[1:-1], before, after, both, strict=True)]
+    x = grad.new_empty(()).expand(sizes[0], sizes[-1], *places)  # only its sizes count
+    grad_x = torch.ops.aten.convolution_backward(
+        grad.movedim(-1, 1),
+        x,
+        weight,
+        None,
+        stride,
+        both,
+        dilation,
+        False,
+        [0] * len(stride),
+        groups,
+        [True, False, False],
+    )[0]
+    for d, first in enumerate(extra):
+        grad_x = grad_x.narrow(2 + d, first, sizes[1 + d])
+    return grad_x.movedim(1, -1)
+
+
 def _slope(activation: str, x: Tensor) -> Tensor:
     """The derivative of an activation at ``x``."""
     if activation == "relu":
@@ -411,6 +497,7 @@ def _slope(activation: str, x: Tensor) -> Tensor:
 
 for _name, _backward, _setup in (
     ("panel_linear", _grad_panel_linear, _save_panel_linear),
+    ("panel_conv", _grad_panel_conv, _save_panel_conv),
     ("prune", _grad_prune, _save_prune),
     ("apply_bits", _grad_apply_bits, _save_apply_bits),
     ("compress", _grad_compress, _save_compress),

@@ -129,6 +129,12 @@ def check_panel_linear(
         x.dim() >= 1 and x.shape[-1] == k,
         lambda: f"the last size of x must be k = {k}, got shape {list(x.shape)}",
     )
+    check_product_operands(x, value_panels, bias, rows)
+    check_activation(activation)
+
+
+def check_product_operands(x: Tensor, value_panels: Tensor, bias: Tensor | None, rows: int) -> None:
+    """``x`` and ``bias`` beside the panels of a weight with ``rows`` outputs."""
     torch._check(
         x.dtype == value_panels.dtype,
         lambda: f"x must have the dtype of value_panels, {value_panels.dtype}, got {x.dtype}",
@@ -140,6 +146,9 @@ def check_panel_linear(
             lambda: f"bias must be [{rows}] of {x.dtype}, got {list(bias.shape)} of {bias.dtype}",
         )
         checks.check_same_device(bias, "bias", x, "x")
+
+
+def check_activation(activation: str) -> None:
     torch._check(
         activation in ACTIVATIONS,
         lambda: f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}",

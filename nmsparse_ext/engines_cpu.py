@@ -36,7 +36,8 @@ def _build(weight: NMTensor) -> tuple[Tensor, Tensor]:
     return panel_pack(weight.packed_values, weight.packed_indices, weight.pattern, k=weight.k)
 
 
-def _panels(weight: NMTensor) -> Panels:
+def panels_of(weight: NMTensor) -> Panels:
+    """The forms of a weight whose engine multiplies from panels."""
     # Forms are no declared attributes.
     return Panels(getattr(weight, "form_values"), getattr(weight, "form_indices"))  # noqa: B009
 
@@ -52,7 +53,7 @@ def _linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tens
         return F.linear(input, unpack(weight), bias)
     if torch.is_autocast_enabled("cpu"):
         return _autocast_linear(input, weight, bias)
-    return _multiply(input, weight, _panels(weight), bias)
+    return _multiply(input, weight, panels_of(weight), bias)
 
 
 def _multiply(input: Tensor, weight: NMTensor, panels: Panels, bias: Tensor | None) -> Tensor:
@@ -83,25 +84,25 @@ def _autocast_linear(input: Tensor, weight: NMTensor, bias: Tensor | None) -> Te
             # A graph has no place where a cast weight could stay, and to cast it in every call would cost
             # more than to multiply with it as it is.
             own = weight.packed_values.dtype
-            return _multiply(input.to(own), weight, _panels(weight), _cast(bias, own)).to(dtype)
-        return _multiply(input, weight, _cast_panels(weight, dtype), _cast(bias, dtype))
+            return _multiply(input.to(own), weight, panels_of(weight), _cast(bias, own)).to(dtype)
+        return _multiply(input, weight, cast_panels(weight, dtype, panel_pack), _cast(bias, dtype))
 
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
 
-def _cast_panels(weight: NMTensor, dtype: torch.dtype) -> Panels:
+def cast_panels(weight: NMTensor, dtype: torch.dtype, pack: Callable[..., Panels]) -> Panels:
     """The panels in another dtype: made once, kept on the weight for as long as its values stay the same."""
     values = weight.packed_values
     if values.dtype == dtype:
-        return _panels(weight)
+        return panels_of(weight)
     # A write to the weight counts on the weight, one to its values on them.
     version = (dtype, values.data_ptr(), *(0 if t.is_inference() else t._version for t in (weight, values)))
     cached = getattr(weight, "_autocast_panels", None)
     if cached is None or cached[0] != version:
         with torch.no_grad():
-            panels = panel_pack(values.to(dtype), weight.packed_indices, weight.pattern, k=weight.k)
+            panels = pack(values.to(dtype), weight.packed_indices, weight.pattern, k=weight.k)
         cached = (version, panels)
         weight._autocast_panels = cached  # type: ignore[attr-defined]
     return cached[1]

@@ -6,6 +6,7 @@ same for every instruction set, takes about the packed form's memory, and is der
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -108,11 +109,16 @@ def panel_linear(
         ``[..., rows]``, contiguous.
     """
     arguments = (x, panels.values, panels.indices, bias, pattern.n, pattern.m, rows, k, activation)
-    if _wants_autograd(x, bias):
+    with without_autograd(x, bias):
         return _nms.panel_linear(*arguments)
-    # A small layer takes about as long as the Python kernel in which autograd would find out the same.
-    with torch._C._AutoDispatchBelowAutograd():
-        return _nms.panel_linear(*arguments)
+
+
+def without_autograd(x: Tensor, bias: Tensor | None) -> AbstractContextManager:
+    """A context to call an op in that has to do with autograd only where somebody wants gradients.
+
+    A small layer takes about as long as the Python kernel in which autograd would find out the same.
+    """
+    return nullcontext() if _wants_autograd(x, bias) else torch._C._AutoDispatchBelowAutograd()
 
 
 def _wants_autograd(x: Tensor, bias: Tensor | None) -> bool:

@@ -11,6 +11,8 @@ work.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import combinations
 
 import torch
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as checks
+from . import _conv_layout as conv_checks
 from . import _panel_layout as panel_checks
 from ._checks import ceil_div
 from ._panel_layout import PANEL_ROWS, WINDOW_INPUTS, PanelLayout
@@ -444,6 +447,62 @@ def panel_linear(
     if activation != "none":
         y = getattr(F, activation)(y)
     return y.to(x.dtype)
+
+
+def panel_conv(
+    x: Tensor,
+    value_panels: Tensor,
+    index_panels: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    rows: int,
+    k: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    """``activation(convolution(x, W) + bias)``, ``[N, places..., groups * k] -> [N, places..., rows]``.
+
+    ``W [rows, *kernel, k]`` is in panel form, see ``core/conv_shape.h``; ``padding`` is before and after each
+    dim, in turn. Sums are taken and rounded as those of `panel_linear`.
+    """
+    conv_checks.check_panel_conv(
+        x,
+        value_panels,
+        index_panels,
+        bias,
+        n,
+        m,
+        rows,
+        k,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+    )
+    places = conv_checks.output_sizes(x.shape[1:-1], kernel, stride, padding, dilation)
+    if x.shape[0] == 0 or rows == 0:
+        return x.new_empty((x.shape[0], *places, rows))
+    compute = torch.promote_types(torch.float32, x.dtype)
+    taps = math.prod(kernel)
+    tap = conv_checks.tap_inputs(n, m, k, taps, x.dtype)
+    dense = panel_unpack(value_panels, index_panels, n, m, rows, taps * tap)
+    weight = conv_checks.weight_of_rows(dense, k, kernel).to(compute)
+    before_and_after = [
+        size for d in reversed(range(len(kernel))) for size in (padding[2 * d], padding[2 * d + 1])
+    ]
+    image = F.pad(x.to(compute).movedim(-1, 1), before_and_after)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
+    y = conv(image, weight, None if bias is None else bias.to(compute), stride, 0, dilation, groups)
+    if activation != "none":
+        y = getattr(F, activation)(y)
+    return y.movedim(1, -1).to(x.dtype).contiguous()
 
 
 # ------------------------------------------------------------------------------------------- 4x4 transposable

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import nmsparse_ext as nms
 from nmsparse_ext import _ops, ops, reference
+from nmsparse_ext.conv_panels import conv_pack
 
 LIBRARY_CPP = Path(__file__).parents[1] / "csrc" / "library.cpp"
 OPS = list(_ops.MUTATED_ARGS)
@@ -222,7 +224,25 @@ def panel_calls() -> dict[str, list[tuple[Any, ...]]]:
             for bias in (torch.randint(-4, 5, (rows,)),)
             for grad, activation in ((True, "none"), (False, "relu"))
         ],
+        "panel_conv": list(conv_calls()),
     }
+
+
+def conv_calls() -> Iterator[tuple[Any, ...]]:
+    """Arguments for panel_conv: 1 to 3 dims, groups, all kinds of geometry."""
+    for n, m, shape, places, dtype, geometry in (
+        (2, 4, (20, 8, 3, 3), (6, 5), torch.float32, ([2, 1], [1, 1, 1, 1], [1, 1], 1)),
+        (1, 16, (32, 20, 3), (9,), torch.bfloat16, ([1], [1, 2], [2], 2)),
+        (3, 5, (7, 6, 1, 2, 2), (3, 4, 2), torch.float16, ([1, 1, 1], [0, 1, 2, 0, 0, 1], [1, 1, 1], 1)),
+        (4, 8, (5, 8, 1, 1), (2, 3), torch.float64, ([1, 1], [0, 0, 0, 0], [1, 1], 1)),
+    ):
+        rows, k, *kernel = shape
+        values, indices = reference.compress(torch.randn(shape).to(dtype), n, m, 1, True)
+        panels = conv_pack(values.round(), indices, nms.Pattern(n, m), k=k)
+        for grad, activation, batch in ((True, "none", 2), (False, "relu", 2), (False, "none", 0)):
+            x = torch.randint(-4, 5, (batch, *places, geometry[-1] * k)).to(dtype).requires_grad_(grad)
+            bias = torch.randint(-4, 5, (rows,)).to(dtype).requires_grad_(grad) if grad else None
+            yield (x, *panels, bias, n, m, rows, k, kernel, *geometry, activation)
 
 
 SAMPLES = sample_calls()

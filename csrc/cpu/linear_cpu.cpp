@@ -143,14 +143,7 @@ Tensor panel_linear_cpu(const Tensor& x, const Tensor& value_panels, const Tenso
                         std::string activation) {
   check_panels(value_panels, index_panels, n, m, rows, k);
   NMS_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "the last size of x must be k = ", k);
-  NMS_CHECK(x.scalar_type() == value_panels.scalar_type(), "x must have the dtype of value_panels");
-  check_same_device(x, value_panels, "x and value_panels");
-  if (bias) {
-    NMS_CHECK(bias->dim() == 1 && bias->size(0) == rows && bias->scalar_type() == x.scalar_type(), "bias must have ",
-              rows, " elements of the dtype of x");
-    check_same_device(x, *bias, "x and bias");
-    bias = torch::stable::contiguous(*bias);
-  }
+  check_product_operands(x, value_panels, bias, rows);
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = rows;
   Tensor y = new_empty(x, sizes, x.scalar_type());

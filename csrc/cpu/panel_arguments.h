@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -56,6 +57,18 @@ inline void check_panels(const Tensor& value_panels, const Tensor& index_panels,
             "index_panels must be contiguous int32, of the shape that panel_pack gives for ", rows, " rows of ", k,
             " in ", n, ":", m);
   check_same_device(value_panels, index_panels, "value_panels and index_panels");
+}
+
+// x and bias beside the panels of a weight with `rows` outputs. Makes the bias contiguous.
+inline void check_product_operands(const Tensor& x, const Tensor& value_panels, std::optional<Tensor>& bias,
+                                   int64_t rows) {
+  NMS_CHECK(x.scalar_type() == value_panels.scalar_type(), "x must have the dtype of value_panels");
+  check_same_device(x, value_panels, "x and value_panels");
+  if (!bias) return;
+  NMS_CHECK(bias->dim() == 1 && bias->size(0) == rows && bias->scalar_type() == x.scalar_type(), "bias must have ",
+            rows, " elements of the dtype of x");
+  check_same_device(x, *bias, "x and bias");
+  bias = torch::stable::contiguous(*bias);
 }
 
 inline Activation activation_of(const std::string& name) {

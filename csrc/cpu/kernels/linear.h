@@ -52,6 +52,17 @@ struct PackInput {
 };
 using PackInputFn = void (*)(const PackInput&);
 
+// Some steps of rows that lie anywhere, as a packed tile of only those steps.
+struct PackRows {
+  const void* const* rows;  // [tile rows]: k inputs each, next to each other; null is a row of zeros
+  int64_t k;
+  int tile_rows;
+  int64_t first_step, last_step;
+  void* packed;
+  const PanelLayout* layout;
+};
+using PackRowsFn = void (*)(const PackRows&);
+
 // Sums of one panel to rows of y.
 struct StoreSums {
   const void* sums;  // [tile rows, 16]
@@ -71,6 +82,7 @@ struct LinearKernels {
   // The kernel for tiles of exactly `tile_rows` rows (1, 4, 8 or 16) that takes most panels, but at most `panels`.
   LinearTileKernel (*tile)(const PanelLayout& layout, int tile_rows, int64_t panels);
   PackInputFn pack_input;
+  PackRowsFn pack_rows;
   StoreSumsFn store;
 };
 

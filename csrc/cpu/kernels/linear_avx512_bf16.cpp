@@ -37,6 +37,8 @@ namespace {
 
 #include "linear_tile.h"
 
+#include "conv_rows.h"
+
 #include "linear_table.h"
 
 }  // namespace

@@ -17,6 +17,8 @@ namespace {
 
 #include "linear_rows.h"
 
+#include "conv_rows.h"
+
 // Any number of rows up to 16, any pattern.
 template <DType D, int kRows>
 void scalar_tile(const LinearTile& t) {
@@ -63,7 +65,8 @@ int scalar_max_tile_rows(const PanelLayout&) { return 8; }
 template <DType D>
 LinearKernels scalar_kernels_of() {
   using Number = typename Arithmetic<D>::Type;
-  return {sizeof(Number), &scalar_max_tile_rows, &scalar_find_tile<D>, &pack_input<D, Number>, &store_sums<D>};
+  return {sizeof(Number),         &scalar_max_tile_rows, &scalar_find_tile<D>,
+          &pack_input<D, Number>, &pack_rows<D, Number>, &store_sums<D>};
 }
 
 }  // namespace

@@ -68,5 +68,6 @@ int max_tile_rows(const PanelLayout& layout) {
 
 template <DType D, class Format, class Packed>
 LinearKernels linear_kernels() {
-  return {sizeof(Packed), &max_tile_rows<Format>, &find_tile<Format>, &pack_input<D, Packed>, &store_sums<D>};
+  return {sizeof(Packed),         &max_tile_rows<Format>, &find_tile<Format>,
+          &pack_input<D, Packed>, &pack_rows<D, Packed>,  &store_sums<D>};
 }
