@@ -111,8 +111,8 @@ def panel_conv(
         activation: Applied to the sums. With gradients, the sums are taken once more in the backward pass.
 
     Returns:
-        ``[N, O, *places]`` or ``[O, *places]``: channels_last where the input is, else contiguous, as
-        ``F.conv2d`` has it with a contiguous weight.
+        ``[N, O, *places]`` or ``[O, *places]``: channels_last where the input is (in 2-D and 3-D), else
+        contiguous; as ``F.conv2d`` has it with a contiguous weight.
     """
     rows, k, *kernel = shape
     arguments = (panels.values, panels.indices, bias, pattern.n, pattern.m, rows, k)
