@@ -7,6 +7,7 @@ Imports that take long stand inside the commands, so that ``nmsparse --help`` an
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -82,6 +83,95 @@ def demo(
     if not outcome.ok:
         typer.echo("nmsparse: a check failed, see the report", err=True)
         raise typer.Exit(EXIT_FAILED)
+
+
+# ---------------------------------------------------------------------------------------------------- train
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def train(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The recipe; none lists them.", show_default=False)] = "",
+) -> None:
+    """Train a recipe: `nmsparse train NAME --help` lists its settings, from flags or --config FILE.toml.
+
+    Several processes: `torchrun --nproc-per-node 4 -m nmsparse_ext train NAME ...`.
+    """
+    from nmsparse_ext.recipes.catalog import RECIPES
+
+    if name not in RECIPES:
+        typer.echo("nmsparse train NAME [--config FILE.toml] [flags]; NAME --help lists the settings")
+        width = max(map(len, RECIPES))
+        for recipe in RECIPES.values():
+            typer.echo(f"  {recipe.name:<{width}}  {recipe.summary}")
+        raise typer.Exit(0 if name in ("", "--help") else EXIT_USAGE)
+    with _usage_errors():
+        try:
+            from nmsparse_ext.recipes.config import parse_config
+            from nmsparse_ext.recipes.loop import out_folder
+            from nmsparse_ext.recipes.loop import train as run
+
+            config = parse_config(RECIPES[name].config, context.args, name=name)
+            config.out = out_folder(config, name)
+            outcome = run(RECIPES[name].task(config))
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{error}; recipes need `pip install nmsparse_ext[train]`") from None
+    if os.environ.get("RANK", "0") == "0":
+        figures = {**outcome.rows[-1], **outcome.test} if outcome.rows else outcome.test
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in figures.items() if k.startswith(("validation", "test")))
+        typer.echo(f"{config.out}: {shown}" + ("" if outcome.finished else "; stopped, go on with --resume"))
+
+
+# ---------------------------------------------------------------------------------------------------- study
+
+study = typer.Typer(help="Test the SR-STE paper's claims on small recipes.", no_args_is_help=True)
+app.add_typer(study, name="study")
+
+PlanOption = Annotated[
+    Path | None, typer.Option("--plan", help="A plan in TOML; by default the library's own.")
+]
+ResultsArgument = Annotated[
+    Path, typer.Argument(help="The file of results (JSON lines).", show_default=False)
+]
+
+
+@study.command("run")
+def study_run(
+    file: ResultsArgument,
+    plan: PlanOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Make at most this many runs.")] = None,
+) -> None:
+    """Make the runs of the plan that FILE lacks, one after the other, adding a line for each."""
+    with _usage_errors():
+        from nmsparse_ext.recipes.study.plan import load_plan
+        from nmsparse_ext.recipes.study.runs import run_study
+
+        complete = run_study(
+            file,
+            load_plan(plan),
+            limit=limit,
+            report=lambda done, total, record: typer.echo(
+                f"{done}/{total} {record['key']}: {record['test'] or record['validation']}"
+            ),
+        )
+    typer.echo("complete" if complete else "not complete yet")
+
+
+@study.command("report")
+def study_report(
+    file: ResultsArgument,
+    out: Annotated[Path, typer.Option(help="Folder for study.md and its pictures.")] = Path("."),
+    plan: PlanOption = None,
+) -> None:
+    """Write study.md, with tables and plots, from the results in FILE."""
+    with _usage_errors():
+        from nmsparse_ext.recipes.study.plan import load_plan
+        from nmsparse_ext.recipes.study.report import write_report
+
+        typer.echo(str(write_report(file, load_plan(plan), out)))
 
 
 # ----------------------------------------------------------------------------------------------------- info

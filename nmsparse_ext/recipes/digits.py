@@ -45,6 +45,15 @@ class Split:
     test_y: Tensor
 
 
+def load_images() -> tuple[Tensor, Tensor]:
+    """All 1797 images, float32 [1797, 1, 8, 8] from -1 to 1, and their labels, int64 [1797]."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8.0 - 1.0  # pixels are 0..16
+    return x, torch.tensor(digits.target, dtype=torch.int64)
+
+
 def load_split(seed: int, *, test_fraction: float = 0.2) -> Split:
     """Split the digits at random.
 
@@ -56,11 +65,7 @@ def load_split(seed: int, *, test_fraction: float = 0.2) -> Split:
     Returns:
         The split, 1438 training and 359 test images by default.
     """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8.0 - 1.0  # pixels are 0..16
-    y = torch.tensor(digits.target, dtype=torch.int64)
+    x, y = load_images()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     test = round(len(x) * test_fraction)
     x, y = x[order], y[order]
@@ -111,28 +116,34 @@ class ResidualBlock(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """A residual network for 8x8 images: one convolution, three blocks, one linear layer.
+    """A residual network for 8x8 images: one convolution, up to three blocks, one linear layer.
 
     Args:
         width: Channels of the first block; doubled by each later one. A multiple of 16, so that every group
             size up to 16 divides the input channels of all sparse layers.
+        blocks: Residual blocks, 1 to 3; the maps are 8x8, 4x4 and 2x2.
     """
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 32, blocks: int = 3) -> None:
         super().__init__()
         if width < 16 or width % 16:
             raise ValueError(f"width must be a positive multiple of 16, got {width}")
+        if not 1 <= blocks <= 3:
+            raise ValueError(f"blocks must be 1, 2 or 3, got {blocks}")
         self.conv1 = nn.Conv2d(1, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.block1 = ResidualBlock(width, width, stride=1)  # 8x8
-        self.block2 = ResidualBlock(width, 2 * width, stride=2)  # 4x4
-        self.block3 = ResidualBlock(2 * width, 4 * width, stride=2)  # 2x2
-        self.fc = nn.Linear(4 * width, 10)
+        self.block1 = ResidualBlock(width, width, stride=1)
+        self.deeper = []
+        for i in range(1, blocks):
+            self.deeper.append(f"block{i + 1}")
+            self.add_module(self.deeper[-1], ResidualBlock(width << (i - 1), width << i, stride=2))
+        self.fc = nn.Linear(width << (blocks - 1), 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [count, 1, 8, 8] -> logits [count, 10]."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.block3(self.block2(self.block1(x)))
+        x = self.block1(F.relu(self.bn1(self.conv1(x))))
+        for name in self.deeper:
+            x = self.get_submodule(name)(x)
         return self.fc(x.mean(dim=(2, 3)))
 
 
