@@ -304,11 +304,17 @@ def overview(result: Result) -> Figure:
 def save_picture(result: Result, path: str | Path) -> Path:
     """Write :func:`overview` as a PNG on white."""
     import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        return save_png(overview(result), path)
+
+
+def save_png(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as a PNG on white, small enough for a repository."""
     from PIL import Image  # matplotlib writes its PNGs with it
 
     drawn = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        overview(result).savefig(drawn, format="png", dpi=110, facecolor="white")
+    figure.savefig(drawn, format="png", dpi=110, facecolor="white")
     # A palette holds these few colours and their shades, and takes a third of the bytes.
     Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     return Path(path)
