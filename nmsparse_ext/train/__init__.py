@@ -4,8 +4,24 @@ from __future__ import annotations
 
 from .rules import Rule, SrSte, Static, Ste, Step
 from .sad import SadHistory
-from .schedule import Schedule
+from .schedule import DecayingMask, DenseTail, DenseWarmup, Freeze, Gradual, RefreshEvery, Schedule
 from .sparsifier import Sparsifier
 from .weight import SparseWeight
 
-__all__ = ["Rule", "SadHistory", "Schedule", "SparseWeight", "Sparsifier", "SrSte", "Static", "Ste", "Step"]
+__all__ = [
+    "DecayingMask",
+    "DenseTail",
+    "DenseWarmup",
+    "Freeze",
+    "Gradual",
+    "RefreshEvery",
+    "Rule",
+    "SadHistory",
+    "Schedule",
+    "SparseWeight",
+    "Sparsifier",
+    "SrSte",
+    "Static",
+    "Ste",
+    "Step",
+]

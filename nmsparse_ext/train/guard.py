@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..tensor import NMTensor
 from ..weights import canonical_name
@@ -19,6 +22,9 @@ STEP_KEY = "nm_step"
 _ATTRIBUTE = "_nm_sparsifier"
 
 _watching = False
+
+# Which Sparsifier trains a parameter; neither is kept alive by it.
+_owners = WeakIdKeyDictionary()
 
 
 def check_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -112,6 +118,37 @@ def _parametrized(model: nn.Module) -> dict[str, str]:
             ):
                 found[f"{dot}{stem}"] = f"made from {attr}"
     return found
+
+
+def claim(sparsifier: Any, parameters: Mapping[str, Tensor]) -> None:
+    """Notes whose parameters these are, until `release` or the Sparsifier's end.
+
+    Raises:
+        ValueError: Naming a parameter that another Sparsifier trains.
+    """
+    for name, parameter in parameters.items():
+        owner = _owner(parameter)
+        if owner is not None and owner is not sparsifier:
+            del owner
+            gc.collect()  # an optimizer and its Sparsifier refer to each other, and may both be forgotten
+            if _owner(parameter) is not None:
+                raise ValueError(
+                    f"model already has a Sparsifier, which trains {name}; finalize() that one first, or "
+                    f"give the two schemes that have no weight in common"
+                )
+    for parameter in parameters.values():
+        _owners[parameter] = weakref.ref(sparsifier)
+
+
+def release(parameters: Mapping[str, Tensor]) -> None:
+    """Takes back what `claim` has noted."""
+    for parameter in parameters.values():
+        _owners.pop(parameter, None)
+
+
+def _owner(parameter: Tensor) -> Any:
+    reference = _owners.get(parameter)
+    return None if reference is None else reference()
 
 
 def sparsifier_of(optimizer: torch.optim.Optimizer) -> Any:

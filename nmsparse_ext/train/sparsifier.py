@@ -16,13 +16,23 @@ from ..scheme import Scheme, as_scheme
 from ..weights import canonical_name
 from ..weights import weights as list_weights
 from .checkpoint import StateHooks, saved_step
-from .dtensor import is_dtensor, shard_groups
-from .guard import STEP_KEY, check_model, check_not_packed, check_optimizer, set_sparsifier
+from .dtensor import is_dtensor, local_of, shard_groups
+from .guard import (
+    STEP_KEY,
+    check_model,
+    check_not_packed,
+    check_optimizer,
+    claim,
+    release,
+    set_sparsifier,
+)
 from .ranks import check_ranks_equal
 from .rules import Rule, Step, make_rule
 from .sad import SadHistory, SadLog
 from .schedule import Schedule, ScheduleFunction, as_schedule
 from .stepping import Stepper
+from .transposable import PATTERN as TRANSPOSABLE
+from .transposable import transposable_bits
 from .weight import BITS_KEY, DENSE_KEY, SparseWeight
 
 _STATE_VERSION = 1
@@ -52,6 +62,9 @@ class Sparsifier:
     writes are told by the parameters' version counters, which ``p.data.copy_(...)`` goes around: write with
     ``p.copy_(...)`` under ``torch.no_grad()`` instead, or the next step undoes it.
 
+    Behind a 16-bit parameter the dense weight is float32, and so are the optimizer's momenta: they are what
+    it would make for a float32 parameter. That takes 4 bytes a weight for a float32 gradient too.
+
     After the first step the hooks allocate no tensors and never wait for a GPU: a step can be captured in a
     CUDA graph. Replays train as they should, but move neither `step` nor `history`.
 
@@ -62,9 +75,11 @@ class Sparsifier:
         scheme: A `Scheme`, a mapping ``{name: pattern}``, or one pattern for everything that can be pruned.
         method: ``"sr-ste"``, ``"ste"``, ``"static"`` (the mask is chosen once) or a `Rule`.
         lambda_w: The strength of SR-STE's pull on pruned weights; the other methods do not use it.
-        schedule: A function ``(step, name, pattern) -> pattern`` that says with which pattern each mask is
-            chosen, or an object with such a method (`Schedule`); ``None`` for the scheme's from the start.
+        schedule: A `Schedule`, such as ``DenseWarmup(1_000) + Gradual(5_000) + Freeze(after=50_000)``, or a
+            function ``(step, name, pattern) -> pattern``; ``None`` for the scheme's patterns from the start.
         penalty: For ``"sr-ste"``: ``"gradient"``, as published, or ``"decoupled"``, beside the optimizer.
+        transposable: Masks that are 2:4 along the group dim and across it, the exact best of every 4x4 tile;
+            for any method, on matrices and convolutions with the pattern 2:4.
         process_group: The ranks that train the same model, which are compared at the first step: ``None`` for
             all of them, ``False`` for no comparison.
 
@@ -104,7 +119,8 @@ class Sparsifier:
         rule = make_rule(method, lambda_w, penalty)
 
         resolved = self._scheme.resolve(model)
-        check_not_packed({name: weight.parameter for name, weight in resolved.items()})
+        parameters = {name: weight.parameter for name, weight in resolved.items()}
+        check_not_packed(parameters)
         listed = list_weights(model)
         spans = {weight.name: weight.span for weight in listed}
         self._aliases = {alias: weight.name for weight in listed for alias in weight.names}
@@ -114,6 +130,7 @@ class Sparsifier:
             name: SparseWeight(weight, spans[name], self._transposable) for name, weight in resolved.items()
         }
 
+        claim(self, parameters)
         devices = [weight.dense.device for weight in self._weights.values()]
         log = SadLog(list(self._weights), devices, saved_step(optimizer), self._sum_over_ranks)
         self._stepper = Stepper(
@@ -263,11 +280,39 @@ class Sparsifier:
         stepper.finished = True
         for handle in self._handles:
             handle.remove()
-        self._stepper.exchange.take_state()
+        release(self._parameters)
+        stepper.exchange.take_state()
         for group in self.optimizer.param_groups:
             group.pop(STEP_KEY, None)
         set_sparsifier(self.optimizer, None)
         return self._model
+
+    @torch.no_grad()
+    def prune_(self, model: nn.Module) -> nn.Module:
+        """Makes another model of the same architecture satisfy the scheme: an average, above all.
+
+        An average of sparse weights (EMA, SWA, a soup) is as dense as the union of their masks. This keeps
+        the largest ``|w|`` of each group of the averaged weight, under the patterns that hold at present.
+
+        Args:
+            model: The model, wrapped (``AveragedModel``, DDP) or not; its weights are changed in place.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: If it has not the weights of the scheme.
+        """
+        self._stepper.catch_up()
+        for name, resolved in self._scheme.resolve(model).items():
+            own = self._weights[name]
+            local = local_of(resolved.parameter.detach())
+            if own.tile_dim is not None and own.pattern == TRANSPOSABLE:
+                bits = transposable_bits(local, own.dim, own.tile_dim).contiguous()
+                ops.apply_bits_(local, bits, dim=own.dim)
+            else:
+                ops.nm_prune_(local, own.pattern, dim=own.dim)
+        return model
 
     # ----------------------------------------------------------------------------------------------- hooks
 
@@ -379,9 +424,14 @@ class Sparsifier:
         self.__dict__.update(state)
         if not self._stepper.finished:
             self._stepper.reset()
+            claim(self, self._parameters)
             self._attach()
 
     # ------------------------------------------------------------------------------------------- internals
+
+    @property
+    def _parameters(self) -> dict[str, Tensor]:
+        return {name: weight.parameter for name, weight in self._weights.items()}
 
     def _find(self, name: str) -> SparseWeight:
         known = self._resolve(name)

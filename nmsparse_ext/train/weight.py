@@ -49,6 +49,7 @@ class SparseWeight:
         dense: The dense weight: the parameter's shape and layout; float32 behind a 16-bit parameter.
         bits: The packed mask, 1 = kept: uint8 [other dims..., ceil(K / 8)].
         master: What the optimizer updates: a parameter that is the dense weight.
+        tile_dim: For transposable masks: the dim that spans the tiles together with the group dim.
     """
 
     dense: Tensor
@@ -66,7 +67,7 @@ class SparseWeight:
         self._span = span  # groups must not cross multiples of this
         self._sharded = is_dtensor(self.parameter)
         check_placement(self.name, self.parameter, self.dim)
-        self._tile_dim = tile_dim(resolved) if transposable else None
+        self.tile_dim = tile_dim(resolved) if transposable else None
 
         local = self._local.detach()
         self._dense = wrap_like(local.to(dense_dtype_of(local.dtype), copy=True), self.parameter)
@@ -85,8 +86,8 @@ class SparseWeight:
     def new_mask(self, out: Tensor, bits: Tensor) -> None:
         """Chooses the mask anew from the dense weight: the largest ``|w|`` of each group."""
         if self.in_tiles:
-            assert self._tile_dim is not None
-            bits.copy_(transposable_bits(self.dense, self.dim, self._tile_dim))
+            assert self.tile_dim is not None
+            bits.copy_(transposable_bits(self.dense, self.dim, self.tile_dim))
         elif out.dtype == self.dense.dtype:
             ops.prune_into(self.dense, self.pattern, dim=self.dim, out=out, bits=bits)
             return
@@ -102,7 +103,7 @@ class SparseWeight:
     @property
     def in_tiles(self) -> bool:
         """Whether the next mask is a transposable one."""
-        return self._tile_dim is not None and self.pattern == PATTERN
+        return self.tile_dim is not None and self.pattern == PATTERN
 
     # ---------------------------------------------------------------------------------- one optimizer step
 
@@ -229,9 +230,9 @@ class SparseWeight:
         changed = bool(written.any())
         if changed:
             values = local.to(self.dense.dtype)
-            if self._tile_dim is not None and self.mask_pattern == PATTERN:
-                groups = spread_over_tiles(written, self.dim, self._tile_dim)
-                bits = transposable_bits(values, self.dim, self._tile_dim).contiguous()
+            if self.tile_dim is not None and self.mask_pattern == PATTERN:
+                groups = spread_over_tiles(written, self.dim, self.tile_dim)
+                bits = transposable_bits(values, self.dim, self.tile_dim).contiguous()
                 chosen = ops.unpack_bits(bits, values.shape[self.dim], dim=self.dim)
             else:
                 groups = any_in_group(written, self.mask_pattern.m, self.dim)
@@ -330,8 +331,8 @@ class SparseWeight:
     def _holds(self, masked: Tensor) -> bool:
         """Whether a masked weight has the pattern of the next mask."""
         if self.in_tiles:
-            assert self._tile_dim is not None
-            return holds(masked, self.dim, self._tile_dim)
+            assert self.tile_dim is not None
+            return holds(masked, self.dim, self.tile_dim)
         return ops.find_violation(masked, self.pattern, dim=self.dim) is None
 
     def _current_stamp(self) -> tuple[int, int, int]:

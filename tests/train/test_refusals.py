@@ -86,6 +86,52 @@ def test_a_second_sparsifier() -> None:
     Sparsifier(model, optimizer, "1:4")
 
 
+def test_two_sparsifiers_over_one_model() -> None:
+    model = mlp()
+    first, second = sgd(model), sgd(model)
+    sparsifier = Sparsifier(model, first, {"0": "2:4"})
+    with pytest.raises(ValueError, match=r"model already has a Sparsifier, which trains 0\.weight; finalize"):
+        Sparsifier(model, second, "2:4")
+    Sparsifier(model, second, {"2": "2:4"})  # other weights
+    train(model, first, 1)
+    sparsifier.finalize()
+    Sparsifier(model, sgd(model), {"0": "1:4"})
+
+
+def test_a_forgotten_sparsifier_is_in_nobodys_way() -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    Sparsifier(model, optimizer, "2:4")
+    train(model, optimizer, 1)
+    del optimizer
+    optimizer = sgd(model)
+    Sparsifier(model, optimizer, "2:4")
+    train(model, optimizer, 1)
+
+
+def test_an_optimizer_with_parameters_of_its_own() -> None:
+    """One that does not update what is in its groups would train the sparse weights."""
+
+    class Own(torch.optim.SGD):
+        def __init__(self, params, **kwargs: object) -> None:
+            super().__init__(params, **kwargs)
+            self.own = [p for group in self.param_groups for p in group["params"]]
+
+        @torch.no_grad()
+        def step(self, closure=None) -> None:
+            for p in self.own:
+                p.sub_(0.1 * p.grad)
+
+    model = mlp()
+    optimizer = Own(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(model, optimizer, "2:4")
+    before = model[0].weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"Own.step\(\) has updated 0.weight itself"):
+        train(model, optimizer, 1)
+    assert torch.equal(model[0].weight, before)
+    assert sparsifier.step == 0
+
+
 @pytest.mark.parametrize(
     ("scheme", "error", "match"),
     [
