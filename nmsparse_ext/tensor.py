@@ -216,6 +216,12 @@ class NMTensor(torch.Tensor):
             f"{self.nbytes} bytes packed of {dense_bytes} dense, engine={self.engine!r})"
         )
 
+    def __dir__(self) -> list[str]:
+        # torch.export asks the first weight that it meets which attributes to follow on all of them, so the
+        # forms of every engine are named here.
+        forms = (f"form_{name}" for engine in ENGINES.values() for name in engine.forms)
+        return sorted({*super().__dir__(), *forms})
+
     # ------------------------------------------------------------------------------------- copying and saving
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Pattern, int, Remainder, str]]:
@@ -456,5 +462,5 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 # Not the class: whoever may call that puts parts together that nobody has checked.
 torch.serialization.add_safe_globals([_from_pickle])
 
-# At the end, because that module needs the class above; it fills FUNCTIONS and OPS.
-from . import _tensor_functions  # noqa: E402, F401
+# At the end, because these modules need the class above; they fill FUNCTIONS and OPS.
+from . import _tensor_functions, _transformer_functions  # noqa: E402, F401
