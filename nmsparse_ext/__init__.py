@@ -62,8 +62,8 @@ _LAZY = {
 }
 
 
-# Rooms with more than what stands here, such as `nms.train.Rule` or `nms.deploy.report`.
-_ROOMS = ("deploy", "train")
+# Rooms with more than what stands here, such as `nms.train.Rule` or `nms.optim.SGD`.
+_ROOMS = ("deploy", "optim", "train")
 
 
 def __getattr__(name: str) -> Any:

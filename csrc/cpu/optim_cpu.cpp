@@ -12,16 +12,14 @@
 #include <deque>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "../optim_args.h"
 #include "kernels/kernels.h"
 #include "panels.h"
 
 namespace nms {
 namespace {
-
-using TensorList = std::vector<Tensor>;
 
 // ---- Scratch of a thread ----
 
@@ -45,58 +43,31 @@ Scratch& scratch() {
 
 // ---- One weight ----
 
-struct Work {
-  Tensor weight, grad;
-  std::vector<Tensor> state;
-  const Tensor *sparse = nullptr, *bits = nullptr;  // null: a weight without a pattern
-  DType weight_type = DType::kFloat32, grad_type = DType::kFloat32, sparse_type = DType::kFloat32;
-  int64_t n = 0, m = 1, dim = 0;  // n = 0: the mask stays
-  double correction1 = 1, correction2 = 1;
-
+struct Work : StepWeight {
   Panels panels;
   std::optional<Tiling> tiles;
-  int64_t first_tile = 0;
-  bool stream = false;
+  int64_t first_tile = 0;  // of the whole list's
+  bool stream = false;     // write the parameter past the cache
   std::atomic<int64_t> changed{0};
 };
 
 uint8_t* at(const Tensor& t, int64_t element) { return bytes_of(t) + element * static_cast<int64_t>(t.element_size()); }
 
-bool is_dense_in_memory(const Tensor& t) {
-  std::vector<std::pair<int64_t, int64_t>> dims;
-  for (int64_t d = 0; d < t.dim(); ++d)
-    if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-// As tensors that hold the same shape in the same way, element for element.
-void check_alike(const Tensor& weight, const Tensor& other, const char* names) {
-  check_same_shape(weight, other, names);
-  check_same_device(weight, other, names);
-  for (int64_t d = 0; d < weight.dim(); ++d)
-    NMS_CHECK(weight.size(d) == 1 || weight.stride(d) == other.stride(d), names, " must have the same strides");
-}
-
 void lay_out(Work& work) {
   if (work.sparse == nullptr) {
-    NMS_CHECK(is_dense_in_memory(work.weight), "weights must fill their memory without gaps");
     work.panels.rows = 1;
-    work.panels.k = work.weight.numel();
+    work.panels.k = work.weight->numel();
     work.panels.a.k = 1;
   } else {
-    work.panels = make_panels(work.weight, nullptr, work.dim, std::lcm(work.m, int64_t{8}));
+    work.panels = make_panels(*work.weight, nullptr, work.dim, std::lcm(work.m, int64_t{8}));
     NMS_CHECK(work.panels.a.k == 1 || work.panels.a.row == 1 || work.panels.rows == 1,
-              "weights must have a stride of 1 along their group dim or the dim before or behind it");
+              "weights must have a stride of 1 along their group dim or the last of the others");
   }
   constexpr int64_t kStepTile = 2048;  // so that the operands of a tile stay in the first-level cache
   const bool in_rows = work.panels.a.k == 1;
   if (!work.panels.empty()) work.tiles.emplace(work.panels, 8 * work.m, in_rows ? kStepTile : kTileElements);
+  const int64_t bytes = work.weight->numel() * static_cast<int64_t>(work.weight->element_size());
+  work.stream = work.sparse && bytes >= kStreamBytes;
 }
 
 // ---- One tile ----
@@ -148,9 +119,9 @@ void update_tile(const TileView& view, const Options& options, UpdateFn update) 
   const Work& work = view.work;
   const Tile& tile = view.tile;
   UpdatePanel p{};
-  p.weight = at(work.weight, tile.a);
-  p.grad = at(work.grad, tile.a);
-  for (size_t s = 0; s < work.state.size(); ++s) p.state[s] = at(work.state[s], tile.a);
+  p.weight = at(*work.weight, tile.a);
+  p.grad = at(*work.grad, tile.a);
+  for (size_t s = 0; s < work.state.size(); ++s) p.state[s] = at(*work.state[s], tile.a);
   p.outer = view.in_rows ? tile.rows : tile.k;
   p.inner = view.in_rows ? tile.k : tile.rows;
   p.stride = view.in_rows ? work.panels.a.row : work.panels.a.k;
@@ -170,7 +141,7 @@ void mask_tile(const TileView& view, void* dst, int64_t dst_row, int64_t dst_k, 
   const Tile& tile = view.tile;
   if (work.n == 0) {
     ApplyPanel p{};
-    p.src = at(work.weight, tile.a);
+    p.src = at(*work.weight, tile.a);
     p.src_row = work.panels.a.row;
     p.src_k = work.panels.a.k;
     p.dst = dst;
@@ -184,7 +155,7 @@ void mask_tile(const TileView& view, void* dst, int64_t dst_row, int64_t dst_k, 
     return;
   }
   SelectPanel p{};
-  p.src = at(work.weight, tile.a);
+  p.src = at(*work.weight, tile.a);
   p.src_row = work.panels.a.row;
   p.src_k = work.panels.a.k;
   p.dst = dst;
@@ -221,86 +192,28 @@ void run_tile(Work& work, const Tile& tile, const Options& options, UpdateFn upd
 
 // ---- The step ----
 
-Term term_of(const std::string& term) {
-  if (term == "none") return Term::kNone;
-  if (term == "gradient") return Term::kGradient;
-  if (term == "decoupled") return Term::kDecoupled;
-  NMS_CHECK(term == "masked", "term must be \"none\", \"gradient\", \"decoupled\" or \"masked\", got \"", term, "\"");
-  return Term::kMasked;
+double number_of(const std::optional<Tensor>& t, const TensorList& weights, double otherwise, const char* name) {
+  const float* number = scalar_of(t, weights, name);
+  return number ? *number : otherwise;
 }
 
-// The only number of a tensor that may be absent.
-double scalar_of(const std::optional<Tensor>& t, double otherwise, const char* name) {
-  if (!t) return otherwise;
-  NMS_CHECK(t->scalar_type() == ScalarType::Float && t->numel() == 1 && t->is_cpu(), name,
-            " must be one float32 on the weights' device");
-  return *static_cast<const float*>(t->const_data_ptr());
-}
-
-struct Lists {
-  const TensorList &weights, &grads;
-  std::vector<const TensorList*> states;
-  const TensorList &sparse, &bits, &changes;
-  const std::vector<int64_t>& patterns;  // n, m, dim of each sparse weight
-};
-
-void check_lists(const Lists& lists) {
-  const size_t count = lists.weights.size(), sparse = lists.sparse.size();
-  NMS_CHECK(lists.grads.size() == count, "there must be as many grads as weights");
-  for (const TensorList* list : lists.states)
-    NMS_CHECK(list->size() == count, "there must be as many tensors of state as weights");
-  NMS_CHECK(sparse <= count && lists.bits.size() == sparse && lists.changes.size() == sparse &&
-                lists.patterns.size() == 3 * sparse,
-            "sparse, bits, changes and patterns must belong to the first weights");
-}
-
-void set_up(Work& work, const Lists& lists, size_t index) {
-  work.weight = lists.weights[index];
-  work.grad = lists.grads[index];
-  work.weight_type = gradient_dtype_of(work.weight, "weights");
-  work.grad_type = gradient_dtype_of(work.grad, "grads");
-  NMS_CHECK(
-      work.grad_type == work.weight_type || (work.weight_type == DType::kFloat32 && work.grad_type != DType::kFloat64),
-      "grads must have the dtype of the weights, or be narrower than float32 weights");
-  check_alike(work.weight, work.grad, "weights and grads");
-  check_writable(work.weight, "weights");
-  for (const TensorList* list : lists.states) {
-    work.state.push_back((*list)[index]);
-    check_alike(work.weight, work.state.back(), "weights and their state");
-    NMS_CHECK(work.state.back().scalar_type() == work.weight.scalar_type(),
-              "weights and their state must have the same dtype");
-  }
-  if (index < lists.sparse.size()) {
-    work.sparse = &lists.sparse[index];
-    work.bits = &lists.bits[index];
-    work.n = lists.patterns[3 * index];
-    work.m = lists.patterns[3 * index + 1];
-    work.dim = lists.patterns[3 * index + 2];
-    check_grouping(work.weight, std::max<int64_t>(work.n, 1), work.m, work.dim, false);
-    check_bits(*work.bits, work.weight, work.dim);
-    check_alike(work.weight, *work.sparse, "weights and sparse");
-    work.sparse_type = gradient_dtype_of(*work.sparse, "sparse");
-    NMS_CHECK(work.sparse_type == work.weight_type ||
-                  (work.weight_type == DType::kFloat32 && work.sparse_type != DType::kFloat64),
-              "sparse must have the dtype of the weights, or be narrower than float32 weights");
-    const Tensor& changes = lists.changes[index];
-    NMS_CHECK(changes.scalar_type() == ScalarType::Long && changes.numel() == 1 && changes.is_cpu(),
-              "changes must be one int64 each, on the weights' device");
-  }
+void complete(StepOptions& options, const TensorList& weights, const std::optional<Tensor>& lr_tensor,
+              const std::optional<Tensor>& grad_scale) {
+  options.lr *= number_of(lr_tensor, weights, 1, "lr_tensor");
+  options.grad_scale = number_of(grad_scale, weights, 1, "grad_scale");
 }
 
 // options_of(index) are those of one weight.
 template <class OptionsOf, class UpdateFn>
-void make_step(const Lists& lists, const OptionsOf& options_of, UpdateFn update) {
+void make_step(const StepLists& lists, const OptionsOf& options_of, UpdateFn update) {
   std::deque<Work> all;
   int64_t total = 0;
   for (size_t i = 0; i < lists.weights.size(); ++i) {
     Work& work = all.emplace_back();
-    set_up(work, lists, i);
+    static_cast<StepWeight&>(work) = step_weight(lists, i);
     lay_out(work);
     work.first_tile = total;
     if (work.tiles) total += work.tiles->size();
-    work.stream = work.sparse && work.weight.numel() * static_cast<int64_t>(work.weight.element_size()) >= kStreamBytes;
   }
   constexpr int64_t kGrainTiles = 16;
   torch::stable::parallel_for(0, total, kGrainTiles, [&](int64_t begin, int64_t end) {
@@ -319,21 +232,12 @@ void sgd_cpu(TensorList weights, TensorList grads, TensorList momenta, TensorLis
              TensorList changes, std::vector<int64_t> patterns, std::string term, double lambda_w, double lr,
              std::optional<Tensor> lr_tensor, double momentum, double dampening, double weight_decay, bool nesterov,
              bool maximize, bool first, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  Lists lists{weights, grads, {}, sparse, bits, changes, patterns};
+  StepLists lists{weights, grads, {}, sparse, bits, changes, patterns};
   if (momentum != 0) lists.states.push_back(&momenta);
   check_lists(lists);
-  if (scalar_of(found_inf, 0, "found_inf") != 0) return;
-  SgdOptions options;
-  options.lr = lr * scalar_of(lr_tensor, 1, "lr_tensor");
-  options.weight_decay = weight_decay;
-  options.maximize = maximize;
-  options.term = term_of(term);
-  options.lambda_w = lambda_w;
-  options.grad_scale = scalar_of(grad_scale, 1, "grad_scale");
-  options.momentum = momentum;
-  options.dampening = dampening;
-  options.nesterov = nesterov;
-  options.first = first;
+  if (number_of(found_inf, weights, 0, "found_inf") != 0) return;
+  SgdOptions options = sgd_options(term, lambda_w, lr, momentum, dampening, weight_decay, nesterov, maximize, first);
+  complete(options, weights, lr_tensor, grad_scale);
   make_step(
       lists, [&](size_t) { return options; },
       [](const OptimTable& table, DType w, DType g, const UpdatePanel& u, const SgdOptions& o) {
@@ -346,25 +250,16 @@ void adamw_cpu(TensorList weights, TensorList grads, TensorList exp_avgs, Tensor
                std::vector<int64_t> patterns, std::string term, double lambda_w, double lr,
                std::optional<Tensor> lr_tensor, double beta1, double beta2, double eps, double weight_decay,
                bool amsgrad, bool maximize, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  Lists lists{weights, grads, {&exp_avgs, &exp_avg_sqs}, sparse, bits, changes, patterns};
+  StepLists lists{weights, grads, {&exp_avgs, &exp_avg_sqs}, sparse, bits, changes, patterns};
   if (amsgrad) lists.states.push_back(&max_exp_avg_sqs);
   check_lists(lists);
-  NMS_CHECK(steps.size() == weights.size(), "there must be as many steps as weights");
-  if (scalar_of(found_inf, 0, "found_inf") != 0) return;
-  AdamWOptions options;
-  options.lr = lr * scalar_of(lr_tensor, 1, "lr_tensor");
-  options.weight_decay = weight_decay;
-  options.maximize = maximize;
-  options.term = term_of(term);
-  options.lambda_w = lambda_w;
-  options.grad_scale = scalar_of(grad_scale, 1, "grad_scale");
-  options.beta1 = beta1;
-  options.beta2 = beta2;
-  options.eps = eps;
-  options.amsgrad = amsgrad;
+  check_steps(weights, steps);
+  if (number_of(found_inf, weights, 0, "found_inf") != 0) return;
+  AdamWOptions options = adamw_options(term, lambda_w, lr, beta1, beta2, eps, weight_decay, amsgrad, maximize);
+  complete(options, weights, lr_tensor, grad_scale);
   std::vector<AdamWOptions> of_weight(weights.size(), options);
   for (size_t i = 0; i < weights.size(); ++i) {
-    const double step = scalar_of(steps[i], 0, "steps");
+    const double step = number_of(steps[i], weights, 0, "steps");
     of_weight[i].correction1 = 1 - std::pow(beta1, step);
     of_weight[i].correction2 = 1 - std::pow(beta2, step);
   }

@@ -137,7 +137,7 @@ Shape random_shape(int64_t max_elements) {
 }
 
 // Another layout for the same sizes, or the same one.
-Shape another_layout(const Shape& shape) {
+[[maybe_unused]] Shape another_layout(const Shape& shape) {
   Shape other = shape;
   if (random_int(0, 1)) return other;
   std::vector<int> order(shape.sizes.size());
