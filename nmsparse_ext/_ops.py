@@ -218,16 +218,11 @@ def _fake_transposable_bits(w: Tensor) -> Tensor:
 
 
 @_fake
-def _fake_sgd_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    momenta: list[Tensor],
-    *arguments: Any,
-) -> None:
-    *lists, term, _lambda_w, _lr, lr_tensor, momentum = arguments[:9]
-    grad_scale, found_inf = arguments[-2:]
-    optim_checks.check_step(weights, grads, [momenta] if momentum else [], *lists, term)
-    optim_checks.check_scalars(weights, lr_tensor, grad_scale, found_inf)
+def _fake_sgd_(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], *arguments: Any) -> None:
+    sparse, bits, changes, patterns, term, _lambda_w, _lr, lr_tensor, momentum = arguments[:9]
+    states = [momenta] if momentum else []
+    optim_checks.check_step(weights, grads, states, sparse, bits, changes, patterns, term)
+    optim_checks.check_scalars(weights, lr_tensor, *arguments[-2:])
 
 
 @_fake
@@ -240,11 +235,11 @@ def _fake_adamw_(
     steps: list[Tensor],
     *arguments: Any,
 ) -> None:
-    *lists, term, _lambda_w, _lr, lr_tensor = arguments[:8]
-    amsgrad, _maximize, grad_scale, found_inf = arguments[-4:]
+    sparse, bits, changes, patterns, term, _lambda_w, _lr, lr_tensor = arguments[:8]
+    amsgrad = arguments[-4]
     states = [exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else [])]
-    optim_checks.check_step(weights, grads, states, *lists, term)
-    optim_checks.check_scalars(weights, lr_tensor, grad_scale, found_inf)
+    optim_checks.check_step(weights, grads, states, sparse, bits, changes, patterns, term)
+    optim_checks.check_scalars(weights, lr_tensor, *arguments[-2:])
     optim_checks.check_steps(weights, steps)
 
 

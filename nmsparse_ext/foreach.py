@@ -7,6 +7,7 @@ Tensors of one position belong together; see `reference_lists` for the arithmeti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,3 +76,13 @@ def reselect(
             the CPU do not need it.
     """
     _nms.foreach_reselect(ws, ns, ms, dims, outs, bits, changes, places, work)
+
+
+def sgd_(*arguments: Any) -> None:
+    """One step of SGD, see `reference.sgd_`; made by `nms.optim.SGD`."""
+    _nms.sgd_(*arguments)
+
+
+def adamw_(*arguments: Any) -> None:
+    """One step of AdamW, see `reference.adamw_`; made by `nms.optim.AdamW`."""
+    _nms.adamw_(*arguments)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as torch_adamw
 
+from .. import foreach
 from .base import (
-    OPTIM_OPS,
     Entry,
     Lists,
     Method,
@@ -23,11 +23,11 @@ from .base import (
 
 
 class AdamW(OnePassOptimizer, torch.optim.AdamW):
-    """``torch.optim.AdamW`` in one pass over memory, and with it a step of N:M training.
+    """``torch.optim.AdamW`` in one pass over memory, with all of N:M training in it.
 
-    As `SGD`, which says what is taken how. Of a sparse float32 weight, memory holds per element: parameter 4 bytes,
-    gradient 4, dense weight 4, moments 8 (with ``amsgrad`` 12), mask 1/8. Of a bfloat16 or float16 one: 2 + 2 + 4 +
-    8 + 1/8.
+    As `SGD`, which says what is taken how. Of a sparse float32 weight, memory holds per element: parameter
+    4 bytes, gradient 4, dense weight 4, moments 8 (with ``amsgrad`` 12), mask 1/8. Of a bfloat16 or float16
+    one: 2 + 2 + 4 + 8 + 1/8.
 
     Args:
         params: As for `torch.optim.AdamW`.
@@ -51,8 +51,8 @@ class AdamW(OnePassOptimizer, torch.optim.AdamW):
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If one is out of range, ``differentiable`` or ``capturable`` is set, or a scheme comes without a
-            model.
+        ValueError: If one is out of range, ``differentiable`` or ``capturable`` is set, or a scheme comes
+            without a model.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -122,7 +122,7 @@ class AdamW(OnePassOptimizer, torch.optim.AdamW):
         if found_inf is not None:
             torch._foreach_sub_(steps, [found_inf.view(())] * len(steps))
         beta1, beta2 = group["betas"]
-        OPTIM_OPS.adamw_(
+        foreach.adamw_(
             lists.weights,
             lists.grads,
             *states,
@@ -171,7 +171,8 @@ class AdamW(OnePassOptimizer, torch.optim.AdamW):
         torch_adamw(
             parameters,
             grads,
-            *states[:2],
+            states[0],
+            states[1],
             states[2] if amsgrad else [],
             [self.state[parameter]["step"] for parameter in parameters],
             foreach=False,

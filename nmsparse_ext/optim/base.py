@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from .._checks import GRAD_DTYPES
 from ..train import Rule, Schedule, Sparsifier
 from ..train.dtensor import local_of
 from ..train.guard import sparsifier_of
 from ..train.one_pass import OnePass, SparseUpdate
 from ..train.schedule import ScheduleFunction
-
-OPTIM_OPS = ops._nms
 
 
 class Entry(NamedTuple):
@@ -72,7 +69,7 @@ class Lists(NamedTuple):
 class OnePassOptimizer(OnePass, torch.optim.Optimizer):
     """A ``torch.optim`` optimizer whose step is one pass over memory."""
 
-    # A GradScaler leaves gradients scaled, and sets `grad_scale` and `found_inf`. A class attribute, as copies
+    # GradScalers leave gradients scaled, and set `grad_scale` and `found_inf`. A class attribute, as copies
     # of optimizers lose others.
     _step_supports_amp_scaling = True
 
@@ -98,11 +95,12 @@ class OnePassOptimizer(OnePass, torch.optim.Optimizer):
         Raises:
             ValueError: If it asks for what one pass cannot do: ``differentiable`` or ``capturable``.
         """
+        kind = type(self).__name__
         for option in ("differentiable", "capturable"):
             if param_group.get(option, self.defaults.get(option)):
                 raise ValueError(
-                    f"{option}=True is not supported by {type(self).__module__.split('.')[0]}.optim."
-                    f"{type(self).__name__}; use torch.optim.{type(self).__name__} with a Sparsifier"
+                    f"{option}=True is not supported by nmsparse_ext.optim.{kind}; use torch.optim.{kind} "
+                    f"with a Sparsifier"
                 )
         super().add_param_group(param_group)
 
@@ -168,7 +166,7 @@ class OnePassOptimizer(OnePass, torch.optim.Optimizer):
         )  # type: ignore[return-value]
 
     def _unscaled(self, parameters: list[Tensor]) -> list[Tensor] | None:
-        """The gradients of parameters that PyTorch's own code updates; ``None`` if the step is to be skipped."""
+        """Gradients for PyTorch's own code; ``None`` if the step is to be skipped."""
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and found_inf.item():
             return None
@@ -229,4 +227,4 @@ def _fills_memory(weight: Tensor) -> bool:
 SchemeLike = Any  # what Sparsifier takes: Scheme | Mapping[str, Pattern | str] | Pattern | str
 Method = str | Rule
 ScheduleLike = Schedule | ScheduleFunction | None
-ParamsLike = Iterable[Tensor] | Iterable[Mapping[str, Any]] | Iterable[tuple[str, Tensor]]
+ParamsLike = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd as torch_sgd
 
+from .. import foreach
 from .base import (
-    OPTIM_OPS,
     Entry,
     Lists,
     Method,
@@ -23,20 +23,20 @@ from .base import (
 
 
 class SGD(OnePassOptimizer, torch.optim.SGD):
-    """``torch.optim.SGD`` in one pass over memory, and with it a step of N:M training.
+    """``torch.optim.SGD`` in one pass over memory, with all of N:M training in it.
 
-    Equivalent, to rounding, to `torch.optim.SGD` with a `Sparsifier` on it; its state dicts can be loaded here
-    and the other way round. On CPUs all instruction sets give the same bits.
+    Equivalent, to rounding, to `torch.optim.SGD` with a `Sparsifier` on it; state dicts of one can be loaded
+    into the other. On CPUs all instruction sets give the same bits.
 
-    Of a sparse float32 weight, memory holds per element: parameter 4 bytes, gradient 4, dense weight 4, momentum
-    4 (if there is any), mask 1/8. Of a bfloat16 or float16 one: 2 + 2 + 4 + 4 + 1/8, as dense weight and momentum
-    are float32. Other parameters take what they take in ``torch.optim``. Nothing else is allocated, but for
-    gradients that lie in memory in another order than their parameter.
+    Of a sparse float32 weight, memory holds per element: parameter 4 bytes, gradient 4, dense weight 4,
+    momentum 4 (if there is any), mask 1/8. Of a bfloat16 or float16 one: 2 + 2 + 4 + 4 + 1/8, as dense weight
+    and momentum are float32. Other parameters take what they take in ``torch.optim``. Nothing else is
+    allocated, but for gradients that lie in memory in another order than their parameter.
 
     Strided weights (convolutions in OIHW, matrices grouped along dim 0) are taken where they lie. Complex
-    parameters, sparse gradients and parameters with gaps in memory are updated by PyTorch's own code;
-    transposable masks, fading ones (`DecayingMask`) and rules of one's own by the optimizer here and two more
-    passes of the Sparsifier.
+    parameters, sparse gradients and parameters with gaps in memory are updated by PyTorch's own code.
+    Transposable masks, fading ones (`DecayingMask`) and rules of one's own take two more passes, which the
+    Sparsifier makes around the step, as with any optimizer.
 
     Args:
         params: As for `torch.optim.SGD`.
@@ -125,7 +125,7 @@ class SGD(OnePassOptimizer, torch.optim.SGD):
             if not part:
                 continue
             lists = Lists.of(part)
-            OPTIM_OPS.sgd_(
+            foreach.sgd_(
                 lists.weights,
                 lists.grads,
                 [self._state_of(entry, "momentum_buffer") for entry in lists.entries] if momentum else [],

@@ -9,7 +9,7 @@ are.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -126,17 +126,22 @@ class Exchange:
 
     # ------------------------------------------------------------------------------------------ gradients
 
-    def give_grads(self, number: int, edit: bool = True) -> None:
+    def give_grads(self, number: int, edit: bool = True, besides: Collection[SparseWeight] = ()) -> None:
         """Gives the dense weights their gradients, as the rule would have them.
 
         Args:
             number: The number of the step.
             edit: Whether the rule is asked.
+            besides: Weights that have been handed over: the optimizer has their gradients.
         """
         rule = self._rule
         edits_dense = edit and type(rule).adjust_dense is not Rule.adjust_dense
         edit = edit and rule.edits_grad
-        with_grad = [member for member in self.members if member[0].parameter.grad is not None]
+        with_grad = [
+            member
+            for member in self.members
+            if member[0].parameter.grad is not None and member[0] not in besides
+        ]
         for device, members in by_device(with_grad):
             steps = self._steps(number, device)
             if edits_dense:

@@ -1,8 +1,9 @@
 """What a `Sparsifier` and a one-pass optimizer (`nms.optim`) have to say to each other.
 
 For every weight that both can serve, the Sparsifier hands over a `SparseUpdate` before the step, and the
-optimizer does everything in one pass over memory: the rule's term, its own update of the dense weight, the new
-mask, the masked weight, and the count of what has changed. The other weights are exchanged as for any optimizer.
+optimizer does everything in one pass over memory: the rule's term, its own update of the dense weight, the
+new mask, the masked weight, and the count of what has changed. The other weights are exchanged as for any
+optimizer.
 """
 
 from __future__ import annotations
@@ -58,9 +59,7 @@ class OnePass:
     updates: dict[int, SparseUpdate] = {}  # noqa: RUF012  (replaced, never written to)
 
 
-def hand_over(
-    optimizer: Any, members: list[Member], rule: Rule, number: int, log: SadLog
-) -> set[SparseWeight]:
+def hand_over(optimizer: Any, members: list[Member], rule: Rule, log: SadLog) -> set[SparseWeight]:
     """Hands a step's weights over to an optimizer that can take them; returns which those are.
 
     Not handed over are: weights without a gradient; transposable masks and masks that fade out; rules other

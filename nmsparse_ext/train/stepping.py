@@ -15,6 +15,7 @@ from ..pattern import Pattern
 from .exchange import Exchange
 from .guard import STEP_KEY
 from .masks import MaskChooser
+from .one_pass import hand_over
 from .rules import Rule, Step
 from .sad import SadLog
 from .schedule import Schedule
@@ -65,6 +66,7 @@ class Stepper:
         self._awaits_closure = False
         self._idle = False  # the step being made is none
         self._depth = 0  # of hooked step() calls within the one being made
+        self._handed_over: set[SparseWeight] = set()  # to an optimizer that masks them itself
 
     @property
     def last_step(self) -> Step:
@@ -178,7 +180,8 @@ class Stepper:
         self._step = number
         try:
             exchange.enter()
-            exchange.give_grads(number)
+            self._handed_over = hand_over(self.optimizer, exchange.members, self.rule, self.log)
+            exchange.give_grads(number, besides=self._handed_over)
         except BaseException:
             self.recover()
             raise
@@ -188,6 +191,10 @@ class Stepper:
         number = self._step
         assert number is not None
         exchange = self.exchange
+        handed_over, self._handed_over = self._handed_over, set()
+        for weight in handed_over:
+            weight.mask_pattern = weight.pattern
+            weight.mark()
         written = [weight.name for weight, _ in exchange.members if weight.touched()]
         if written:
             self.recover()
@@ -197,7 +204,8 @@ class Stepper:
             )
         exchange.leave()
         found_inf = getattr(self.optimizer, "found_inf", None)
-        self._masks.choose(exchange.members, self.optimizer.param_groups, number)
+        left = [member for member in exchange.members if member[0] not in handed_over]
+        self._masks.choose(left, self.optimizer.param_groups, number)
         self._step = None
         on_device = found_inf is not None and found_inf.device.type != "cpu"
         self.log.commit(found_inf if on_device else None)
@@ -276,7 +284,7 @@ class Stepper:
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
-        dropped = ("_step", "_awaits_closure", "_idle", "_depth")
+        dropped = ("_step", "_awaits_closure", "_idle", "_depth", "_handed_over")
         return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

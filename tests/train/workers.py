@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from train.common import assert_same, assert_satisfies, batch, loss_of, mlp, train
 
+import nmsparse_ext as nms
 from nmsparse_ext.train import Sparsifier
 
 WORLD = 2
@@ -428,6 +429,34 @@ def fsdp_own_state_dict(folder: pathlib.Path) -> None:
     assert again.history == sparsifier.history
     assert again.sad(since=0) == sparsifier.sad(since=0)
     assert torch.equal(whole(again.dense_weight("0")), whole(sparsifier.dense_weight("0")))
+
+
+def one_pass_sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return nms.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+
+
+def one_pass_adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return nms.optim.AdamW(model.parameters(), lr=0.05)
+
+
+@case
+def one_pass_optimizers_under_ddp(folder: pathlib.Path) -> None:
+    for make in (one_pass_sgd, one_pass_adamw):
+        model = DDP(mlp())
+        optimizer = make(model)
+        sparsifier = Sparsifier(model, optimizer, "2:4", lambda_w=LAMBDA)
+        train_together(model, optimizer, 4)
+        compare(model.module, sparsifier, alone(make, 4))
+
+
+@case
+def one_pass_optimizers_on_shards(folder: pathlib.Path) -> None:
+    for make in (one_pass_sgd, one_pass_adamw):
+        model = sharded(mlp())
+        optimizer = make(model)
+        sparsifier = Sparsifier(model, optimizer, "2:4", lambda_w=LAMBDA)
+        train_together(model, optimizer, 4)
+        compare(model, sparsifier, alone(make, 4))
 
 
 @case
