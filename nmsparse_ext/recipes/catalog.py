@@ -60,5 +60,19 @@ RECIPES: Mapping[str, Recipe] = {
             "GptConfig",
             "StdlibGpt",
         ),
+        Recipe(
+            "imagenet-resnet",
+            "a ResNet on a folder of images, by the published recipe",
+            "imagenet_resnet",
+            "ImagenetConfig",
+            "ImagenetResnet",
+        ),
+        Recipe(
+            "finetune-hf",
+            "a transformers model from a local folder, on your own texts",
+            "finetune_hf",
+            "FinetuneConfig",
+            "FinetuneHf",
+        ),
     )
 }

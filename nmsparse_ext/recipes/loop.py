@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import nmsparse_ext as nms
 from nmsparse_ext.recipes import checkpoint
@@ -182,17 +182,14 @@ class _Run:
         """Figures over one part of the data, all processes together: ``{"validation_loss": ...}``."""
         self.process.share_buffers(self.plain)
         self.plain.eval()
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, Any] = {}
         for batch in self.task.eval_batches(part, self.process.shard):
             with self.process.autocast():
                 measured = self.task.measure(self.plain, self.process.place(batch))
             for name, value in measured.items():
-                value = value.double()
-                sums[name] = sums[name] + value if name in sums else value
-        if not sums:
-            return {}
-        totals = dict(zip(sums, self.process.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
-        count = totals.pop("count")
+                sums[name] = sums.get(name, 0.0) + value.double()
+        totals = self.process.sum_by_name(sums)
+        count = totals.pop("count", 0.0)
         return {f"{part}_{name}": value / count for name, value in totals.items()}
 
     def _sad_since_last_row(self) -> float:
@@ -256,6 +253,7 @@ class _Run:
         )
         if finished and self.process.main and config.out is not None:
             checkpoint.write_results(config, outcome, sad, self.task.describe())
+            self.task.save(self.plain, config.out)
         self.process.barrier()
         return outcome
 

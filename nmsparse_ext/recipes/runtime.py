@@ -71,6 +71,16 @@ class Runtime:
             torch.distributed.all_reduce(value)
         return value
 
+    def sum_by_name(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Sums over all processes; a process may lack some names, or all."""
+        mine = {name: float(value) for name, value in values.items()}
+        if not self.distributed:
+            return mine
+        everyones: list[dict[str, float]] = [{}] * self.shard.world
+        torch.distributed.all_gather_object(everyones, mine)
+        names = dict.fromkeys(name for of_one in everyones for name in of_one)
+        return {name: sum(of_one.get(name, 0.0) for of_one in everyones) for name in names}
+
     def share_buffers(self, model: nn.Module) -> None:
         """Gives every process the first one's buffers: each has gathered its own batch norm statistics."""
         if self.distributed:

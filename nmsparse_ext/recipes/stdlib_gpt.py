@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from nmsparse_ext.recipes.config import TrainConfig, lambda_for_size
 from nmsparse_ext.recipes.gpt import Gpt
-from nmsparse_ext.recipes.task import Place, Shard, Task, generator_for
+from nmsparse_ext.recipes.task import Place, Shard, Task, decay_groups, generator_for
 
 # Tests of the library and what others installed into it are left out.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -98,13 +98,7 @@ class StdlibGpt(Task):
     @override
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         c = self.config
-        matrices = [p for p in model.parameters() if p.dim() >= 2]
-        others = [p for p in model.parameters() if p.dim() < 2]
-        groups = [
-            {"params": matrices, "weight_decay": c.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, c.beta2))
+        return torch.optim.AdamW(decay_groups(model, c.weight_decay), lr=c.lr, betas=(0.9, c.beta2))
 
     @override
     def default_lambda(self, model: nn.Module) -> float:

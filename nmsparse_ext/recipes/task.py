@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,9 @@ class Task(ABC):
         skip = self.config.skip if self.config.skip is not None else list(self.dense_layers(model))
         return nms.Scheme.uniform(model, self.config.pattern, skip=skip)
 
+    def save(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 - most recipes need nothing more
+        """Writes the trained model in a form of the recipe's own, beside the packed ``model.safetensors``."""
+
     def describe(self) -> dict[str, Any]:
         """What identifies the data, as plain JSON types."""
         return {}
@@ -137,6 +141,15 @@ def classification_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "loss": F.cross_entropy(logits.float(), labels, reduction="sum"),
         "accuracy": (logits.argmax(1) == labels).sum(),
     }
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of AdamW: weight decay for matrices, none for biases and norms."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
 
 
 def generator_for(seed: int, *place: int) -> torch.Generator:
