@@ -10,7 +10,8 @@ Between ``<!-- table: NAME ... -->`` and ``<!-- end of table -->`` stands what t
 - "what": one sentence that names the measured call, the baselines, the shape and the caches' state;
 - "rows": one object a row of the table, with the same keys in all. A value is a text; a timing {"median",
   "low", "high"} in seconds (low and high: the middle half); or {"ratio": x} or {"share": x}, which print as
-  "62x" and "85 %".
+  "62x" and "85 %";
+- "summary", if there is one: rows of the same kind, which stand in the README instead of all the others.
 """
 
 from __future__ import annotations
@@ -48,17 +49,19 @@ def duration(seconds: float) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """A result file as Markdown."""
-    machine, rows = result["machine"], result["rows"]
+    machine, rows = result["machine"], result.get("summary", result["rows"])
     keys = list(rows[0])
     lines = [
         "| " + " | ".join(keys) + " |",
         "|" + "|".join("---:" if isinstance(rows[0][key], dict) else "---" for key in keys) + "|",
     ]
     lines += ["| " + " | ".join(cell(row[key]) for key in keys) + " |" for row in rows]
+    timings = any(isinstance(row[key], dict) and "median" in row[key] for row in rows for key in keys)
+    spread = " Medians; ±: the middle half of the rounds." if timings else ""
     threads = f"{machine['threads']} thread{'' if str(machine['threads']) == '1' else 's'}"
     lines += [
         "",
-        f"{result['what']} Medians; ±: the middle half of the rounds. {machine['processor']}, "
+        f"{result['what']}{spread} {machine['processor']}, "
         f"{machine['engine']}, {threads}, torch {machine['torch']}, {machine['date']}.",
     ]
     return "\n".join(lines) + "\n"

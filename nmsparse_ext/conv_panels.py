@@ -24,6 +24,10 @@ __all__ = ["conv_pack", "conv_unpack", "panel_conv", "why_no_conv"]
 
 _nms = torch.ops.nmsparse
 
+# By dims of places: orders of dims that move the channels behind them, and back.
+_TO_LAST = {1: (0, 2, 1), 2: (0, 2, 3, 1), 3: (0, 2, 3, 4, 1)}
+_FROM_LAST = {1: (0, 2, 1), 2: (0, 3, 1, 2), 3: (0, 4, 1, 2, 3)}
+
 
 def conv_pack(values: Tensor, indices: Tensor, pattern: Pattern, *, k: int) -> Panels:
     """Lays the packed weight of a convolution out in panels.
@@ -59,6 +63,13 @@ def conv_unpack(panels: Panels, pattern: Pattern, *, shape: Sequence[int]) -> Te
     return weight_of_rows(panel_unpack(panels, pattern, rows=rows, k=row), k, kernel)
 
 
+def why_unaligned(rows: int, groups: int) -> str | None:
+    """Why the panels of ``rows`` outputs do not fall into ``groups`` groups, or ``None`` if they do."""
+    if groups > 1 and rows % (groups * PANEL_ROWS):
+        return f"each of {groups} groups must have a multiple of {PANEL_ROWS} outputs, of {rows} in all"
+    return None
+
+
 def why_no_conv(input: Tensor, shape: Sequence[int], groups: int) -> str | None:
     """Why `panel_conv` cannot take these, or ``None`` if it can.
 
@@ -69,11 +80,9 @@ def why_no_conv(input: Tensor, shape: Sequence[int], groups: int) -> str | None:
     """
     if input.dim() not in (len(shape), len(shape) - 1):
         return f"the input has {input.dim()} dimensions, the weight {len(shape)}"
-    if groups > 1 and shape[0] % (groups * PANEL_ROWS):
-        return f"each of {groups} groups must have a multiple of {PANEL_ROWS} outputs, of {shape[0]} in all"
     if input.shape[-len(shape) + 1] != groups * shape[1]:
         return f"the input has {input.shape[-len(shape) + 1]} channels, not {groups} * {shape[1]}"
-    return None
+    return why_unaligned(shape[0], groups)
 
 
 def panel_conv(
@@ -117,12 +126,14 @@ def panel_conv(
     rows, k, *kernel = shape
     arguments = (panels.values, panels.indices, bias, pattern.n, pattern.m, rows, k)
     geometry = (kernel, stride, padding, dilation, groups, activation)
+    batched = input if input.dim() == len(shape) else input.unsqueeze(0)
+    image = batched.permute(_TO_LAST[len(kernel)])
     with without_autograd(input, bias):
-        batched = input if input.dim() == len(shape) else input.unsqueeze(0)
-        y = _nms.panel_conv(batched.movedim(1, -1), *arguments, *geometry).movedim(-1, 1)
-        if not _is_channels_last(batched):
-            y = y.contiguous()
-        return y if batched is input else y.squeeze(0)
+        y = _nms.panel_conv(image, *arguments, *geometry)
+    y = y.permute(_FROM_LAST[len(kernel)])
+    if not _is_channels_last(batched):
+        y = y.contiguous()
+    return y if batched is input else y.squeeze(0)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -70,6 +70,7 @@ Tensor panel_conv_cpu(const Tensor& x, const Tensor& value_panels, const Tensor&
   const Tensor image = x.stride(last) == 1 || x.size(last) <= 1 ? x : torch::stable::contiguous(x);
   ConvProblem problem;
   problem.kernels = &kernels().linear.of[static_cast<int>(dtype_of(x, "x"))];
+  problem.tile = kernels().conv.tile[static_cast<int>(dtype_of(x, "x"))];
   problem.layout = layout_of(value_panels, n, m, row);
   problem.values = value_panels.const_data_ptr();
   problem.indices = static_cast<const uint32_t*>(index_panels.const_data_ptr());
@@ -94,7 +95,7 @@ Tensor panel_conv_cpu(const Tensor& x, const Tensor& value_panels, const Tensor&
   const int64_t grain = std::max<int64_t>(1, kThreadWork * blocks / std::max<int64_t>(1, work));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     thread_local Workspace workspace;
-    uint8_t* memory = workspace.get(conv_block_bytes(problem));
+    uint8_t* memory = workspace.get(conv_block_memory(problem));
     for (int64_t i = begin; i < end; ++i) conv_block(problem, i, memory);
   });
   return y;

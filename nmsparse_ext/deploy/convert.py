@@ -19,7 +19,7 @@ from .detect import detect_pattern, has_nonzero
 from .example import ExampleInput, caller_of, run_example, tokens
 from .measure import alternate
 from .report import LayerReport, attach
-from .support import why_not_packed
+from .support import why_not_packed, why_unpacked
 
 POLICIES = ("auto", "always")
 
@@ -126,8 +126,15 @@ class _Plan:
             packed_bytes=tensor.nbytes + tensor.engine_nbytes if isinstance(tensor, NMTensor) else None,
             engine=tensor.engine if isinstance(tensor, NMTensor) else None,
             choice=self.choice,
-            reason=self.reason,
+            reason=self.reason + self._unpacked(),
         )
+
+    def _unpacked(self) -> str:
+        """What there is to add to the reason for a packed weight that is unpacked when it runs."""
+        if self.choice != "packed" or not isinstance(self.packed, NMTensor):
+            return ""
+        reasons = [why_unpacked(module, self.packed) for module, _ in self.weight.places]
+        return next((f"; unpacked in every call: {reason}" for reason in reasons if reason), "")
 
 
 # --------------------------------------------------------------------------------------------------- planning

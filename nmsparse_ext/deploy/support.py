@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..conv_panels import why_unaligned
+from ..tensor import NMTensor
+
 
 def why_not_packed(module: nn.Module, weight: Tensor) -> str | None:
     """Returns why ``module`` cannot run with ``weight`` packed, or ``None`` if nothing is known against it.
@@ -21,3 +24,13 @@ def why_not_packed(module: nn.Module, weight: Tensor) -> str | None:
         name = type(module).__name__
         return f"{weight.dim()}-D weights of {name} are batched products, which have no packed engine"
     return None
+
+
+def why_unpacked(module: nn.Module, weight: Tensor) -> str | None:
+    """Returns why ``module`` unpacks ``weight`` in every call, or ``None`` if it multiplies with it as it is.
+
+    Besides the engine "decompress", which always does.
+    """
+    if not isinstance(weight, NMTensor) or not isinstance(module, nn.modules.conv._ConvNd):
+        return None
+    return None if weight.engine != "cpu-conv-panels" else why_unaligned(weight.shape[0], module.groups)

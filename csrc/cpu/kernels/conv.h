@@ -1,8 +1,16 @@
 // y = activation(convolution(x, W) + bias) with W in panel form (core/conv_shape.h): torch-free interface.
 //
 // Layout  The product of linear.h, where a row of x is what one pixel of the output sees: for every tap the channels of
-//         one place of the image. Tiles of such rows are packed just before they are used, from one pointer per row, a
-//         block of steps at a time; the image is never unfolded as a whole. What lies outside of it is zeros.
+//         one place of the image. The image is never unfolded. A block packs what its pixels see in one of two ways:
+//
+//         by lines   Every line of the image (its last dim) that the block needs is packed once, as
+//                    [steps of a tap, places, inputs of a step]. Neighbouring places are neighbouring rows, so a tile
+//                    of pixels side by side finds its rows for every tap in the same lines, a few places further. With
+//                    a stride s, lines are packed as s lines of every s-th place.
+//         by tiles   Tiles of any pixels are packed row by row just before they are used, a block of steps at a time:
+//                    for 1x1 kernels, short lines, and whatever is too large for the other way.
+//
+//         Either way a kernel is told where the rows of each step lie. What lies outside of the image is zeros.
 // Launch  conv_block for every block, in parallel. An output is summed in one order that depends on shapes and
 //         instruction set only.
 #pragma once
@@ -14,8 +22,21 @@
 
 namespace nms {
 
+// The kernel of placed steps (see linear_tile.h) for tiles of `tile_rows` rows that takes most panels, but at most
+// `panels`; null if there is none for so many rows. There always is one for a single row.
+using ConvTileFn = LinearTileKernel (*)(const PanelLayout& layout, int tile_rows, int64_t panels);
+
+struct ConvTable {
+  ConvTileFn tile[kNumDTypes] = {};  // null as in LinearTable
+};
+ConvTable scalar_conv();
+void use_avx2_conv(ConvTable& table);  // x86-64 only: replaces what is faster
+void use_avx512_conv(ConvTable& table);
+void use_avx512_bf16_conv(ConvTable& table);
+
 struct ConvProblem {
   const LinearKernels* kernels;
+  ConvTileFn tile;
   PanelLayout layout;  // of rows of taps * tap_inputs
   const void* values;
   const uint32_t* indices;
@@ -29,17 +50,19 @@ struct ConvProblem {
   void* y;           // [batch, places..., outputs], contiguous
   int element_size;
   Activation activation;
-  int64_t block_tiles;  // of a block: as many as give full tiles, at most
+  // From choose_conv_blocks:
+  bool by_lines;
+  int64_t block_pixels;  // of a block: lines of one plane, or any
   int64_t block_panels;
-  int64_t block_steps;  // that are packed at once
+  int64_t block_steps;  // after which the next panel has its turn
 };
 
 // Sizes of blocks; `threads` only decides how much work one block is.
 void choose_conv_blocks(ConvProblem& problem, int64_t threads);
 int64_t conv_block_count(const ConvProblem& problem);
-int64_t conv_block_bytes(const ConvProblem& problem);  // of working memory
+int64_t conv_block_memory(const ConvProblem& problem);  // bytes that a thread needs for its blocks
 
-// One block; index in [0, conv_block_count), memory [conv_block_bytes] of any content, aligned to 64 bytes.
+// One block; index in [0, conv_block_count), memory [conv_block_memory] of any content, aligned as vectors are.
 void conv_block(const ConvProblem& problem, int64_t index, void* memory);
 
 }  // namespace nms

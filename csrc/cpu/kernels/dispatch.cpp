@@ -17,6 +17,7 @@ const std::vector<Level>& levels() {  // slowest first; only those that this hos
   static const std::vector<Level> all = [] {
     std::vector<Level> found{{"scalar", scalar_kernels()}};
     found.back().table.linear = scalar_linear();
+    found.back().table.conv = scalar_conv();
     found.back().table.optim = scalar_optim();
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
@@ -27,15 +28,22 @@ const std::vector<Level>& levels() {  // slowest first; only those that this hos
     if (avx2) {
       found.push_back({"avx2", avx2_kernels()});
       found.back().table.linear = scalar_linear();
+      found.back().table.conv = scalar_conv();
       use_avx2_linear(found.back().table.linear);
+      use_avx2_conv(found.back().table.conv);
       found.back().table.optim = avx2_optim();
     }
     if (avx512) {
       found.push_back({"avx512", avx512_kernels()});
       found.back().table.linear = scalar_linear();
+      found.back().table.conv = scalar_conv();
       use_avx512_linear(found.back().table.linear);
+      use_avx512_conv(found.back().table.conv);
       found.back().table.optim = avx512_optim();
-      if (__builtin_cpu_supports("avx512bf16")) use_avx512_bf16_linear(found.back().table.linear);
+      if (__builtin_cpu_supports("avx512bf16")) {
+        use_avx512_bf16_linear(found.back().table.linear);
+        use_avx512_bf16_conv(found.back().table.conv);
+      }
     }
 #endif
     return found;

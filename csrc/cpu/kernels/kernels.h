@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../../core/dtype.h"
+#include "conv.h"
 #include "linear.h"
 #include "optim.h"
 
@@ -75,6 +76,7 @@ struct Kernels {
   AddPrunedFn add_pruned;
   int64_t (*count_differing)(const uint8_t* a, const uint8_t* b, int64_t bytes);  // differing bits
   LinearTable linear = {};                                                        // filled by dispatch.cpp
+  ConvTable conv = {};                                                            // likewise
   OptimTable optim = {};                                                          // likewise
 };
 

@@ -1,7 +1,9 @@
 // The inner loop of the packed product, for any vector type.
 //
 // What    sums[panel][row] += value of the slot * x[row] at the lane's place, for all slots of all steps.
-// Layout  core/panel_layout.h; x is packed [steps, rows, inputs of a step].
+// Layout  core/panel_layout.h; x is packed [steps, rows, inputs of a step]. With kPlaced, the rows of a step lie
+// wherever
+//         t.x_steps says.
 // Launch  Tile<Format, Slots, kRows, kPanels>::run. A Format says how values, indices and x become vectors; Slots says
 //         which pattern. Per group of slots, values and indices wait in registers while all rows of x pass by; sums
 //         stay in registers for the whole call.
@@ -27,7 +29,7 @@ struct GroupFields {
   static constexpr int group_start(int slot) { return slot / kN * kM; }
 };
 
-template <class Format, class Slots, int kRows, int kPanels>
+template <class Format, class Slots, int kRows, int kPanels, bool kPlaced = false>
 struct Tile {
   static constexpr int kSlots = Slots::kSlots;
   static constexpr int kFields = 32 / Format::kHalves / Slots::kBits;
@@ -50,13 +52,13 @@ struct Tile {
     for (int p = 0; p < kPanels; ++p) {
       NMS_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        sums[p][r][0] = Format::load_sums(t.sums, p * kRows + r);
+        sums[p][r][0] = t.from_zero ? Format::zero() : Format::load_sums(t.sums, p * kRows + r);
         NMS_UNROLL
         for (int c = 1; c < kChains; ++c) sums[p][r][c] = Format::zero();
       }
     }
 
-    Place at{static_cast<const uint8_t*>(t.values), t.values_panel, static_cast<const uint8_t*>(t.x),
+    Place at{static_cast<const uint8_t*>(t.values), t.values_panel, static_cast<const uint8_t*>(t.x), t.x_steps,
              static_cast<const uint8_t*>(t.early)};
     const uint32_t* indices = t.indices;
     for (int64_t step = 0; step < t.steps; step += kSteps) {
@@ -70,7 +72,10 @@ struct Tile {
       indices += kWords * kPanelRows;
       at.values += kSteps * kStepValueBytes;
       at.early += kSteps * kStepValueBytes;
-      at.x += kSteps * kRows * Format::kInputBytes;
+      if constexpr (kPlaced)
+        at.x_steps += kSteps;
+      else
+        at.x += kSteps * kRows * Format::kInputBytes;
     }
 
     NMS_UNROLL
@@ -89,6 +94,7 @@ struct Tile {
     const uint8_t* values;
     int64_t values_panel;
     const uint8_t* x;
+    const int32_t* x_steps;
     const uint8_t* early;  // values to be fetched
   };
   using Sums = Vec[kPanels][kRows][kChains];
@@ -113,7 +119,8 @@ struct Tile {
         index[p][kOffsets] = index_of<kFirst + kOffsets>(words[p])),
        ...);
     }
-    const uint8_t* window = at.x + kFirst / kSlots * kRows * Format::kInputBytes;
+    constexpr int kStep = kFirst / kSlots;
+    const uint8_t* window = at.x + (kPlaced ? at.x_steps[kStep] : kStep * kRows * Format::kInputBytes);
     NMS_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const typename Format::Input input = Format::input(window + r * Format::kInputBytes);
@@ -142,7 +149,7 @@ struct Tile {
 };
 
 // The same for any number of slots, known only at run time; fields of 4 bits.
-template <class Format, int kRows>
+template <class Format, int kRows, bool kPlaced = false>
 struct AnyTile {
   using Slots = WindowFields<0, kWindowInputs>;
   static constexpr int kFields = 32 / Format::kHalves / Slots::kBits;
@@ -151,7 +158,7 @@ struct AnyTile {
   static void run(const LinearTile& t) {
     Vec sums[kRows];
     NMS_UNROLL
-    for (int r = 0; r < kRows; ++r) sums[r] = Format::load_sums(t.sums, r);
+    for (int r = 0; r < kRows; ++r) sums[r] = t.from_zero ? Format::zero() : Format::load_sums(t.sums, r);
     const uint8_t* values = static_cast<const uint8_t*>(t.values);
     const uint8_t* x = static_cast<const uint8_t*>(t.x);
     const int slots = t.layout->slots;
@@ -160,6 +167,7 @@ struct AnyTile {
     const uint32_t* indices = t.indices;
     int field = t.first_field;
     for (int64_t step = 0; step < t.steps; ++step) {
+      if constexpr (kPlaced) x = static_cast<const uint8_t*>(t.x) + t.x_steps[step];
       for (int slot = 0; slot < slots; ++slot) {
         const typename Format::Index index = Format::any_index(Format::words(indices), field * Slots::kBits);
         const typename Format::Value value = Format::value(values);

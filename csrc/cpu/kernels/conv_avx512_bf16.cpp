@@ -1,0 +1,57 @@
+// The inner loops of packed convolutions of bfloat16 weights with AVX-512 BF16.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "../../core/convert.h"
+#include "../../core/dtype.h"
+#include "kernels.h"
+#include "conv.h"
+#include "linear.h"
+#include "target_region.h"
+
+#if !defined(__clang__)  // as in linear_avx512.cpp
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+NMS_TARGET_REGION("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+
+namespace nms {
+namespace {
+
+#include "convert_lanes.h"
+
+#include "convert_avx512.h"
+
+#include "linear_rows.h"
+
+#include "linear_avx512.h"
+
+#include "linear_bf16dot.h"
+
+#include "linear_tile.h"
+
+#include "conv_rows.h"
+
+#include "linear_table.h"
+
+#include "conv_table.h"
+
+}  // namespace
+
+void use_avx512_bf16_conv(ConvTable& table) {
+  table.tile[static_cast<int>(DType::kBFloat16)] = &find_conv_tile<BFloat16Dot>;
+}
+
+}  // namespace nms
+
+NMS_TARGET_REGION_END
+
+#endif
