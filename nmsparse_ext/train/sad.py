@@ -5,12 +5,19 @@ Sparse Architecture Divergence is the number of weights whose kept/pruned state 
 
 from __future__ import annotations
 
+import csv
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
+    from torch.utils.tensorboard import SummaryWriter
 
 _RING_ROWS = 1024  # steps between two copies to the host
 
@@ -58,6 +65,54 @@ class SadHistory:
         columns = zip(self.steps, self.total, *self.counts.values(), strict=True)
         names = ("step", "total", *self.counts)
         return [dict(zip(names, column, strict=True)) for column in columns]
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes `rows` as a table with a header line."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["step", "total", *self.counts])
+            writer.writeheader()
+            writer.writerows(self.rows())
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """`rows` as a data frame whose index is the step; needs pandas."""
+        import pandas
+
+        return pandas.DataFrame.from_records(
+            self.rows(), columns=["step", "total", *self.counts], index="step"
+        )
+
+    def to_tensorboard(self, writer: SummaryWriter, tag: str = "sad") -> None:
+        """Adds the rates as scalars: ``tag/total``, and ``tag/NAME`` for every weight.
+
+        Args:
+            writer: A ``torch.utils.tensorboard.SummaryWriter``, or whatever has its ``add_scalar``.
+            tag: What they are filed under.
+        """
+        for name, rates in {"total": self.total_rate, **self.rates}.items():
+            for step, rate in zip(self.steps, rates, strict=True):
+                writer.add_scalar(f"{tag}/{name}", rate, step)
+
+    def plot(self, axes: Axes | None = None, *, every_weight: bool = True) -> Axes:
+        """Draws the rates over the steps, that of all weights together in black; needs matplotlib.
+
+        Args:
+            axes: Where to; new ones by default.
+            every_weight: Whether each weight gets a line of its own.
+
+        Returns:
+            The axes.
+        """
+        if axes is None:
+            from matplotlib.figure import Figure
+
+            axes = Figure(layout="constrained").subplots()
+        for name, rates in self.rates.items() if every_weight else ():
+            axes.plot(self.steps, rates, linewidth=0.8, label=name)
+        axes.plot(self.steps, self.total_rate, color="black", label="all")
+        axes.set_xlabel("step")
+        axes.set_ylabel("SAD rate")
+        axes.legend(fontsize="small")
+        return axes
 
 
 class SadLog:

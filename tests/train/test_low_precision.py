@@ -107,7 +107,7 @@ def test_distributed_checkpoint() -> None:
     losses = train(model, optimizer, 2, start=3, dtype=torch.bfloat16)
     other, resumed, again = build(MAKES["adam-foreach"], torch.bfloat16, seed=7)
     before = other[0].weight.detach().clone()
-    _, empty = get_state_dict(other, resumed)  # makes the state by a step at lr 0
+    get_state_dict(other, resumed)  # makes the state by a step at lr 0
     assert torch.equal(other[0].weight, before)
     assert resumed.state[other[0].weight]["exp_avg"].dtype == torch.float32
     set_state_dict(other, resumed, model_state_dict=saved[0], optim_state_dict=saved[1])

@@ -84,6 +84,40 @@ def test_history_as_rows_reads_as_csv() -> None:
     assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3"]
 
 
+def test_history_goes_where_others_read_it(tmp_path) -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    sparsifier = Sparsifier(model, optimizer, "2:4")
+    for history in (sparsifier.history, (train(model, optimizer, 4), sparsifier.history)[1]):
+        history.to_csv(tmp_path / "sad.csv")
+        with open(tmp_path / "sad.csv", newline="") as file:
+            rows = [{key: int(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        assert rows == history.rows()
+
+        frame = history.to_pandas()
+        assert list(frame.columns) == ["total", "0.weight", "2.weight"]
+        assert frame.index.tolist() == history.steps
+        assert frame["total"].tolist() == history.total
+
+        scalars: dict[str, dict[int, float]] = {}
+
+        class Writer:
+            def add_scalar(self, tag: str, value: float, step: int, scalars=scalars) -> None:
+                scalars.setdefault(tag, {})[step] = value
+
+        history.to_tensorboard(Writer(), "sad of run 1")
+        if len(history):
+            assert sorted(scalars) == ["sad of run 1/0.weight", "sad of run 1/2.weight", "sad of run 1/total"]
+            assert list(scalars["sad of run 1/total"].values()) == history.total_rate
+
+        axes = history.plot()
+        assert [line.get_label() for line in axes.lines] == ["0.weight", "2.weight", "all"]
+        assert axes.lines[-1].get_ydata().tolist() == history.total_rate
+        assert history.plot(axes, every_weight=False) is axes
+        assert len(axes.lines) == 4
+        axes.figure.savefig(tmp_path / "sad.png")
+
+
 def test_many_steps_outlive_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sad_module, "_RING_ROWS", 4)
     model = mlp()
