@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ._build import build_info
     from .deploy import load_file, load_into, save_file
     from .deploy.convert import convert
+    from .deploy.fold import fold_batch_norm
     from .deploy.summary import summary
     from .scheme import Scheme
     from .train import Sparsifier
@@ -37,6 +38,7 @@ __all__ = [
     "compress",
     "convert",
     "find_violation",
+    "fold_batch_norm",
     "linear",
     "load_file",
     "load_into",
@@ -55,6 +57,7 @@ _LAZY = {
     "Sparsifier": "train",
     "build_info": "_build",
     "convert": "deploy",
+    "fold_batch_norm": "deploy",
     "load_file": "deploy",
     "load_into": "deploy",
     "save_file": "deploy",

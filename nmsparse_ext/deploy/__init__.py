@@ -9,6 +9,7 @@ from __future__ import annotations
 from .convert import convert
 from .detect import USUAL_PATTERNS, detect_pattern
 from .files import load_file, load_into, save_file
+from .fold import fold_batch_norm
 from .report import LayerReport, Report, report
 from .summary import Summary, WeightSummary, summary
 
@@ -20,6 +21,7 @@ __all__ = [
     "WeightSummary",
     "convert",
     "detect_pattern",
+    "fold_batch_norm",
     "load_file",
     "load_into",
     "report",
