@@ -63,9 +63,8 @@ void lay_out(Work& work) {
     NMS_CHECK(work.panels.a.k == 1 || work.panels.a.row == 1 || work.panels.rows == 1,
               "weights must have a stride of 1 along their group dim or the last of the others");
   }
-  constexpr int64_t kStepTile = 2048;  // so that the operands of a tile stay in the first-level cache
-  const bool in_rows = work.panels.a.k == 1;
-  if (!work.panels.empty()) work.tiles.emplace(work.panels, 8 * work.m, in_rows ? kStepTile : kTileElements);
+  // All operands of a tile stay in the second-level cache; smaller tiles cost more in fences than they save.
+  if (!work.panels.empty()) work.tiles.emplace(work.panels, 8 * work.m);
   const int64_t bytes = work.weight->numel() * static_cast<int64_t>(work.weight->element_size());
   work.stream = work.sparse && bytes >= kStreamBytes;
 }
@@ -215,7 +214,7 @@ void make_step(const StepLists& lists, const OptionsOf& options_of, UpdateFn upd
     work.first_tile = total;
     if (work.tiles) total += work.tiles->size();
   }
-  constexpr int64_t kGrainTiles = 16;
+  constexpr int64_t kGrainTiles = kGrainElements / kTileElements;
   torch::stable::parallel_for(0, total, kGrainTiles, [&](int64_t begin, int64_t end) {
     size_t index = 0;
     for (int64_t tile = begin; tile < end; ++tile) {

@@ -49,13 +49,13 @@ Panels make_panels(const Tensor& a, const Tensor* b, int64_t dim, int64_t whole)
   return panels;
 }
 
-Tiling::Tiling(const Panels& panels, int64_t unit, int64_t elements) : panels_(panels) {
+Tiling::Tiling(const Panels& panels, int64_t unit) : panels_(panels) {
   // Rows next to each other in memory (a strided group dim) are best taken many at a time; else whole rows are.
   constexpr int64_t kInterleavedRows = 256;
   const bool interleaved = panels.a.row == 1 && panels.a.k != 1;
-  const int64_t wanted_k = interleaved ? elements / std::min(panels.rows, kInterleavedRows) : elements;
+  const int64_t wanted_k = interleaved ? kTileElements / std::min(panels.rows, kInterleavedRows) : kTileElements;
   tile_k_ = std::min(panels.k, std::max<int64_t>(1, wanted_k / unit) * unit);
-  tile_rows_ = std::clamp<int64_t>(elements / tile_k_, 1, panels.rows);
+  tile_rows_ = std::clamp<int64_t>(kTileElements / tile_k_, 1, panels.rows);
   row_tiles_ = ceil_div(panels.rows, tile_rows_);
   k_tiles_ = ceil_div(panels.k, tile_k_);
 }

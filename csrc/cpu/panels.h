@@ -51,8 +51,8 @@ Panels make_panels(const Tensor& a, const Tensor* b, int64_t dim, int64_t whole)
 
 class Tiling {
  public:
-  // Tiles of about `elements` that begin at multiples of `unit` along k.
-  Tiling(const Panels& panels, int64_t unit, int64_t elements = kTileElements);
+  // Tiles begin at multiples of `unit` along k.
+  Tiling(const Panels& panels, int64_t unit);
 
   int64_t size() const { return panels_.panels * row_tiles_ * k_tiles_; }
   Tile operator[](int64_t index) const;
