@@ -3,7 +3,7 @@
     python bench/bench_invariance.py
 
 From the same weights and the same batch, one step of SGD is made with the term and one without; what
-pruned weights moved more, divided by ``lr * W``, is the λ that they felt. In float64, as a multiple of the λ that was
+pruned weights moved more, divided by ``lr * W``, is the λ that they felt. In float64, as a multiple of the λ
 asked for. The published code (see official.py) sums the gradients of all ranks after dividing the loss by
 their number.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pathlib
@@ -401,11 +402,70 @@ def fsdp_checkpoints_go_on_in_one_process(folder: pathlib.Path) -> None:
         )
         assert torch.equal(again.masks[name], whole(sparsifier.masks[name]))
 
+    # And back to two ranks, from what the one process has made of it.
+    saved = copy.deepcopy(get_state_dict(plain, resumed, options=options))  # it aliases what trains on
     back = sharded(odd())
     optimizer = adam(back)
     third = Sparsifier(back, optimizer, "2:4", lambda_w=LAMBDA)
     set_state_dict(back, optimizer, model_state_dict=saved[0], optim_state_dict=saved[1], options=options)
-    assert third.step == 3
+    assert third.step == 5
+    for name in again.masks:
+        assert torch.equal(whole(third.dense_weight(name)), again.dense_weight(name))
+        assert torch.equal(whole(third.masks[name]), again.masks[name])
+    train(plain, resumed, 2, start=5)
+    train_together(back, optimizer, 2, start=5)
+    for name in again.masks:
+        torch.testing.assert_close(
+            whole(third.dense_weight(name)), again.dense_weight(name), rtol=1e-9, atol=1e-12
+        )
+
+
+@case
+def tiles_that_shards_cut_are_refused(folder: pathlib.Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)).double()
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    expect(
+        ValueError,
+        "1.weight is sharded along dim 0 into parts of 2, no multiple of 4",
+        lambda: Sparsifier(model, sgd(model), "2:4", transposable=True),
+    )
+    Sparsifier(model, sgd(model), {"0": "2:4"}, transposable=True)
+
+
+@case
+def fsdp_of_bfloat16_parameters(folder: pathlib.Path) -> None:
+    """Float32 behind them, saved and loaded bit for bit; and DDP's hooks still see every gradient."""
+    dtype = torch.bfloat16
+    model = sharded(odd().to(dtype))
+    optimizer = adam(model)
+    sparsifier = Sparsifier(model, optimizer, "2:4", lambda_w=LAMBDA)
+
+    def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(model, mine(batch(step, dtype))).backward()
+            optimizer.step()
+
+    loop(model, optimizer)
+    assert sparsifier.dense_weight("0").dtype == torch.float32
+    assert optimizer.state[model[0].weight]["exp_avg"].dtype == torch.float32
+    saved = optimizer.state_dict()
+    before = {name: whole(sparsifier.dense_weight(name)).clone() for name in sparsifier.masks}
+    other = sharded(odd().to(dtype))
+    resumed = adam(other)
+    again = Sparsifier(other, resumed, "2:4", lambda_w=LAMBDA)
+    resumed.load_state_dict(saved)
+    for name, dense in before.items():
+        assert torch.equal(whole(again.dense_weight(name)), dense)
+
+    replica = DDP(mlp(dtype))
+    optimizer = sgd(replica)
+    sparsifier = Sparsifier(replica, optimizer, "2:4", lambda_w=LAMBDA)
+    loop(replica, optimizer)
+    dense = sparsifier.dense_weight("0")
+    everyone = [torch.empty_like(dense) for _ in range(WORLD)]
+    dist.all_gather(everyone, dense)
+    assert torch.equal(*everyone)
 
 
 @case
