@@ -107,16 +107,15 @@ int64_t pixel_blocks(const ConvProblem& p) {
 // Parts of a thread's memory, in bytes from its start.
 struct Memory {
   explicit Memory(const ConvProblem& p) {
-    const int64_t side_by_side = p.by_lines ? p.shape.out[kLast] : p.block_pixels;
-    const TileSplit split(p, side_by_side);
-    const int64_t rows = split.total_rows() * (p.by_lines ? block_lines(p) : 1);
-    const int64_t tile_rows = split.rows(0);
-    int64_t x_bytes = p.block_steps * tile_rows * step_bytes(p);
-    int64_t pointers = tile_rows;
+    // By tiles, the last block has other pixels, and other tiles, than the first.
+    int64_t x_bytes = p.block_steps * kMaxTileRows * step_bytes(p);
+    int64_t pointers = kMaxTileRows, rows = p.block_pixels + kMaxTileRows;
     if (p.by_lines) {
+      const TileSplit split(p, p.shape.out[kLast]);
       const Lines lines(p, split.total_rows(), block_lines(p));
       x_bytes = lines.bytes(p);
       pointers = lines.places;
+      rows = split.total_rows() * block_lines(p);
     }
     sums = aligned(x_bytes);
     steps = sums + aligned(rows * p.block_panels * kPanelRows * sum_size(p));

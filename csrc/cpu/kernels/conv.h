@@ -23,7 +23,7 @@
 namespace nms {
 
 // The kernel of placed steps (see linear_tile.h) for tiles of `tile_rows` rows that takes most panels, but at most
-// `panels`; null if there is none for so many rows. There always is one for a single row.
+// `panels`; null if there is none for so many rows. All sum in the same order.
 using ConvTileFn = LinearTileKernel (*)(const PanelLayout& layout, int tile_rows, int64_t panels);
 
 struct ConvTable {

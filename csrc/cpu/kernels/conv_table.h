@@ -6,14 +6,9 @@
 template <class Format>
 LinearTileKernel find_conv_tile(const PanelLayout& layout, int tile_rows, int64_t panels) {
   if (tile_rows > max_tile_rows<Format>(layout)) return {nullptr, 0};
-  switch (tile_rows) {
-    case 1:
-      return pattern_kernel<Format, 1, true>(layout, panels);
-    case 4:
-      return pattern_kernel<Format, 4, true>(layout, panels);
-    default:
-      break;
-  }
+  // No fewer: those take several sums each, in another order than tiles of more rows, and which tile a pixel belongs to
+  // depends on the number of threads.
+  if (tile_rows == 4) return pattern_kernel<Format, 4, true>(layout, panels);
   if constexpr (Format::kMaxRows >= 8) {
     if (tile_rows == 7) return pattern_kernel<Format, 7, true>(layout, panels);
     if (tile_rows == 8) return pattern_kernel<Format, 8, true>(layout, panels);
