@@ -104,40 +104,6 @@ InputRows input_rows(const Tensor& x) {
   return rows;
 }
 
-// Packs the tiles of x in parallel, each cut into stretches of steps.
-void pack_tiles(const LinearProblem& problem, const InputRows& rows, int64_t k, uint8_t* packed) {
-  const LinearKernels& kernels = *problem.kernels;
-  const PanelLayout& layout = problem.layout;
-  const BatchTiles tiles(problem.batch, kernels.max_tile_rows(layout));
-  const int64_t element = static_cast<int64_t>(rows.x.element_size());
-  constexpr int64_t kStretch = 64;  // steps
-  const int64_t stretches = ceil_div(layout.steps, kStretch);
-  const int64_t grain = ceil_div(kThreadWork, tiles.tile_rows(0) * layout.halves * kStretch);
-  torch::stable::parallel_for(0, tiles.count() * stretches, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t tile = i / stretches, first_row = tiles.first_row(tile);
-      PackInput p;
-      p.x = const_bytes_of(rows.x) + first_row * rows.row * element;
-      p.x_row = rows.row;
-      p.x_k = rows.k;
-      p.rows = tiles.rows(tile);
-      p.k = k;
-      p.tile_rows = tiles.tile_rows(tile);
-      p.first_step = i % stretches * kStretch;
-      p.last_step = std::min(p.first_step + kStretch, layout.steps);
-      p.packed = packed + first_row * packed_row_bytes(kernels, layout);
-      p.layout = &layout;
-      kernels.pack_input(p);
-    }
-  });
-}
-
-// One row of x that lies in memory as its packed tile would.
-bool is_packed(const LinearProblem& problem, const InputRows& rows, int64_t k) {
-  return problem.batch == 1 && rows.k == 1 && problem.kernels->input_bytes == problem.element_size &&
-         problem.layout.window == kWindowInputs && problem.layout.steps * problem.layout.step_inputs() == k;
-}
-
 Tensor panel_linear_cpu(const Tensor& x, const Tensor& value_panels, const Tensor& index_panels,
                         std::optional<Tensor> bias, int64_t n, int64_t m, int64_t rows, int64_t k,
                         std::string activation) {
@@ -160,32 +126,24 @@ Tensor panel_linear_cpu(const Tensor& x, const Tensor& value_panels, const Tenso
   problem.rows = rows;
   problem.panels = panel_count(rows);
   problem.batch = y.numel() / rows;
+  problem.k = k;
+  problem.x = input.x.const_data_ptr();
+  problem.x_row = input.row;
+  problem.x_k = input.k;
   problem.bias = bias ? bias->const_data_ptr() : nullptr;
   problem.y = y.mutable_data_ptr();
   problem.element_size = static_cast<int>(x.element_size());
   problem.activation = activation_of(activation);
   choose_blocks(problem, torch::stable::get_num_threads());
 
-  thread_local Workspace workspace;
-  if (is_packed(problem, input, k)) {
-    problem.packed_x = input.x.const_data_ptr();
-  } else {
-    const BatchTiles tiles(problem.batch, problem.kernels->max_tile_rows(problem.layout));
-    const int64_t last = tiles.count() - 1;
-    const int64_t packed_rows = tiles.first_row(last) + tiles.tile_rows(last);
-    uint8_t* packed = workspace.get(packed_rows * packed_row_bytes(*problem.kernels, problem.layout));
-    pack_tiles(problem, input, k, packed);
-    problem.packed_x = packed;
-  }
   const int64_t blocks = block_count(problem);
   const int64_t work = problem.panels * problem.layout.steps * problem.layout.slots * problem.batch;
   const int64_t grain = std::max<int64_t>(1, kThreadWork * blocks / std::max<int64_t>(1, work));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    thread_local Workspace sums;
-    uint8_t* memory = sums.get(block_sum_bytes(problem));
-    for (int64_t i = begin; i < end; ++i) multiply_block(problem, i, memory);
+    thread_local Workspace workspace;
+    multiply_blocks(problem, begin, end, workspace.get(block_memory(problem)));
+    workspace.release_large();
   });
-  workspace.release_large();
   return y;
 }
 

@@ -87,33 +87,21 @@ void multiply(DType dtype, Weight& w, int64_t rows, int64_t k, const Array& x, i
   problem.rows = rows;
   problem.panels = nms::panel_count(rows);
   problem.batch = batch;
+  problem.k = k;
+  problem.x = x.data();
+  problem.x_row = x_row;
+  problem.x_k = x_k;
   problem.bias = bias ? bias->data() : nullptr;
   problem.y = y.data();
   problem.element_size = size_of(dtype);
   problem.activation = activation;
   nms::choose_blocks(problem, 1);
 
-  const int64_t row_bytes = nms::packed_row_bytes(*problem.kernels, w.layout);
-  const nms::BatchTiles tiles(batch, problem.kernels->max_tile_rows(w.layout));
-  const int64_t last = tiles.count() - 1;
-  std::unique_ptr<uint8_t[]> packed(new uint8_t[(tiles.first_row(last) + tiles.tile_rows(last)) * row_bytes]);
-  for (int64_t tile = 0; tile < tiles.count(); ++tile) {
-    nms::PackInput p;
-    p.x = static_cast<const uint8_t*>(x.data()) + tiles.first_row(tile) * x_row * size_of(dtype);
-    p.x_row = x_row;
-    p.x_k = x_k;
-    p.rows = tiles.rows(tile);
-    p.k = k;
-    p.tile_rows = tiles.tile_rows(tile);
-    p.first_step = 0;
-    p.last_step = w.layout.steps;
-    p.packed = packed.get() + tiles.first_row(tile) * row_bytes;
-    p.layout = &w.layout;
-    problem.kernels->pack_input(p);
-  }
-  problem.packed_x = packed.get();
-  std::unique_ptr<uint8_t[]> sums(new uint8_t[nms::block_sum_bytes(problem)]);
-  for (int64_t i = 0; i < nms::block_count(problem); ++i) nms::multiply_block(problem, i, sums.get());
+  // Each half as if by a thread of its own.
+  const int64_t blocks = nms::block_count(problem), half = blocks / 2;
+  std::unique_ptr<uint8_t[]> memory(new uint8_t[nms::block_memory(problem)]);
+  nms::multiply_blocks(problem, 0, half, memory.get());
+  nms::multiply_blocks(problem, half, blocks, memory.get());
 }
 
 double activated(nms::Activation activation, double v) {

@@ -4,8 +4,13 @@
 //         [steps, rows of the tile, 16 inputs per window], so that a kernel reads one stream of x; windows that cover
 //         fewer than 16 inputs, the end of k and the tile's missing rows are filled with zeros. The packed x has the
 //         type that the kernels compute in.
-// Launch  pack_input for every tile, then multiply for every (panel block, tile); both may run in parallel. An output
-//         is summed in one order that depends on shapes and instruction set only.
+// Launch  choose_blocks, then multiply_blocks for all blocks, in parallel if one likes. An output is summed in one
+// order
+//         that depends on shapes and instruction set only.
+//
+// Every thread packs what it reads of x by itself: lines that another core has just written cost more than to copy them
+// once more. One tile is packed whole, before the thread's first block; of several tiles a block packs the stretch that
+// it is about to use, which then lies in the first cache.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +54,7 @@ struct PackInput {
   int64_t rows, k;     // rows <= tile_rows
   int tile_rows;
   int64_t first_step, last_step;  // the part to pack
-  void* packed;                   // the tile
+  void* packed;                   // [last_step - first_step, tile_rows, inputs of a step]
   const PanelLayout* layout;
 };
 using PackInputFn = void (*)(const PackInput&);
@@ -104,12 +109,14 @@ struct LinearProblem {
   const void* values;
   const uint32_t* indices;
   int64_t rows, panels;  // outputs
-  int64_t batch;
-  const void* packed_x;
-  const void* bias;  // [rows] or null
-  void* y;           // [batch, rows]
-  int element_size;  // of values, bias and y
+  int64_t batch, k;
+  const void* x;       // [batch, k]
+  int64_t x_row, x_k;  // strides in elements
+  const void* bias;    // [rows] or null
+  void* y;             // [batch, rows]
+  int element_size;    // of values, x, bias and y
   Activation activation;
+  // From choose_blocks:
   int64_t block_panels;  // of a block
   int64_t block_tiles;
   bool weights_again;   // which of two is read once for every block of the other: the weights, or else x
@@ -131,15 +138,15 @@ class BatchTiles {
   int max_rows_, last_tile_rows_;
 };
 
-int64_t packed_row_bytes(const LinearKernels& kernels, const PanelLayout& layout);  // of x, per row of a tile
-
 // Sizes of blocks for a batch; `threads` only decides how much work one block is.
 void choose_blocks(LinearProblem& problem, int64_t threads);
 int64_t block_count(const LinearProblem& problem);
 
-int64_t block_sum_bytes(const LinearProblem& problem);
+// Memory that a thread needs for its blocks.
+int64_t block_memory(const LinearProblem& problem);
 
-// One block of panels times one block of tiles; index in [0, block_count), sums [block_sum_bytes] of any content.
-void multiply_block(const LinearProblem& problem, int64_t index, void* sums);
+// Blocks [first, last) of panels times tiles, out of block_count. memory [block_memory]: of any content, aligned as
+// vectors are.
+void multiply_blocks(const LinearProblem& problem, int64_t first, int64_t last, void* memory);
 
 }  // namespace nms

@@ -21,20 +21,34 @@ NMS_INLINE void pack_window(const typename Element<D>::Bits* x, int64_t x_k, int
 }
 
 // Packed is the element of packed tiles: float, double, or the 16 bits of a bfloat16.
+//
+// Step by step: what is written is one stream, and what is read are whole cache lines of as many streams as rows.
 template <DType D, class Packed>
 void pack_input(const PackInput& p) {
   using Bits = typename Element<D>::Bits;
   const int window = p.layout->window, halves = p.layout->halves;
-  // Row by row: x is read as it lies; what is written stays in the cache from one row to the next.
-  for (int row = 0; row < p.tile_rows; ++row) {
-    const Bits* x = static_cast<const Bits*>(p.x) + (row < p.rows ? row * p.x_row : 0);
-    for (int64_t step = p.first_step; step < p.last_step; ++step) {
-      Packed* packed = static_cast<Packed*>(p.packed) + (step * p.tile_rows + row) * halves * kWindowInputs;
+  const Bits* x = static_cast<const Bits*>(p.x);
+  Packed* packed = static_cast<Packed*>(p.packed);
+  // Up to here steps are full windows of whole vectors, which lie side by side.
+  int64_t step = p.first_step;
+  const int64_t whole_steps =
+      std::min(p.last_step, window == kWindowInputs && p.x_k == 1 ? p.k / (halves * window) : 0);
+  for (; step < whole_steps; ++step) {
+    const Bits* inputs = x + step * halves * kWindowInputs;
+    for (int64_t row = 0; row < p.rows; ++row, inputs += p.x_row)
+      for (int half = 0; half < halves; ++half, packed += kWindowInputs)
+        pack_window<D, Packed>(inputs + half * kWindowInputs, 1, kWindowInputs, packed);
+    const int64_t missing = (p.tile_rows - p.rows) * halves * kWindowInputs;
+    std::memset(packed, 0, static_cast<size_t>(missing) * sizeof(Packed));
+    packed += missing;
+  }
+  for (; step < p.last_step; ++step) {
+    for (int64_t row = 0; row < p.tile_rows; ++row) {
       for (int half = 0; half < halves; ++half, packed += kWindowInputs) {
         const int64_t first = (step * halves + half) * window;
         const int64_t left = row < p.rows ? p.k - first : 0;
         const int count = static_cast<int>(left < 0 ? 0 : left < window ? left : window);
-        pack_window<D, Packed>(count > 0 ? x + first * p.x_k : x, p.x_k, count, packed);
+        pack_window<D, Packed>(count > 0 ? x + row * p.x_row + first * p.x_k : x, p.x_k, count, packed);
       }
     }
   }

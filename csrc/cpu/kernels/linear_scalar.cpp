@@ -1,4 +1,5 @@
 // The packed product without vector instructions: the layout of core/panel_layout.h, read literally.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
