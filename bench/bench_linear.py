@@ -1,12 +1,16 @@
 """The packed linear layer against dense ones: F.linear and the best there is with a prepacked weight.
 
-    python bench/bench_linear.py                         # everything; about half an hour
-    python bench/bench_linear.py --shape 4096x4096 --batch 1 16 --pattern 2:4 --dtype float32
+    python bench/bench_linear.py                        # all parts, about ten minutes
+    python bench/bench_linear.py --list                 # their names
+    python bench/bench_linear.py --part float32-4096x4096 packing
 
-For each dtype, shape and batch, all candidates take turns in one process, one call each a round, so that a
-slow moment of the machine hits all alike. Each has several copies of its weight, and takes another in every
-round: large weights come from memory ("cold"), as they do when a model is larger than the caches. Small ones
-fit into the caches with all their copies.
+Every part takes less than two minutes and puts its rows into the result files in place of those that it made
+before, so a run can be made in pieces and gone on with.
+
+For each layer and batch all candidates take turns in one process, one call each a round, so that a slow
+moment of the machine hits all alike. Each has several copies of its weight, and takes another in every round:
+large weights come from memory ("cold"), as they do when a model is larger than the caches. Small ones fit
+into the caches with all their copies.
 
 - F: how many times as fast as ``F.linear`` with the dense weight;
 - D: how many times as fast as the best dense candidate: ``F.linear``, oneDNN and MKL with a weight that they
@@ -19,30 +23,34 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from common import machine
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import nmsparse_ext as nms
+from common import cpu_isa, machine, require_kernels
+from linear_calls import Row, measure_layer, measure_packing
 
-RESULT = Path(__file__).resolve().parent / "results" / "linear_cpu.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RESULTS = Path(__file__).resolve().parent / "results"
+GOAL_FILE, OTHER_FILE = "linear_cpu.json", "linear_other_cpu.json"
 LARGE = ("4096x4096", "11008x4096")
-SMALL = ("384x384", "1536x384")
+SMALL = ("384x384", "1536x384", "768x768", "3072x768")
 PATTERNS = ("2:4", "1:4", "2:8", "1:8", "1:16")
-BATCHES = (1, 4, 16, 64, 256, 1024)
-COLD_BYTES = 160 << 20  # several times what the last-level cache holds
-MAX_COPIES = 48
+PACKING_PATTERNS = ("2:4", "1:4", "2:8", "1:8", "1:16", "1:2", "3:4", "4:8", "8:16", "6:8")
+BATCHES = (1, 4, 16, 64, 256)
+LARGE_BATCHES = (512, 1024, 4096)
+DTYPES = ("float32", "bfloat16")
+# What limits the libraries behind F.linear to AVX2; they read it when they are loaded.
+AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 # (F, D) to reach at batch 1, 4, 16, 64, 256 with AVX-512, cold weights and 2 threads.
 GOALS: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {
@@ -58,174 +66,236 @@ GOALS: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {
     ("bfloat16", "1:16"): ((20, 8.5), (12, 6.0), (11, 6.8), (9.4, 7.7), (8.3, 7.9)),
 }
 
-Call = Callable[[int], object]  # the argument chooses the copy of the weight
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        seconds: Per layer and batch.
+        rounds: Exactly so many rounds instead of what fits into that time.
+        tiny: Tiny layers in place of all others: only to see that everything runs.
+    """
+
+    seconds: float
+    rounds: int | None
+    tiny: bool
+
+    def shape(self, text: str) -> tuple[int, int]:
+        """``"4096x4096"`` as numbers."""
+        out, inputs = (int(size) for size in text.split("x"))
+        return (48, 64) if self.tiny else (out, inputs)
 
 
-def quartiles(seconds: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile."""
-    ordered = sorted(seconds)
-    last = len(ordered) - 1
-    return ordered[last // 4], ordered[last // 2], ordered[math.ceil(last * 3 / 4)]
+# A part: name, result file, key of its rows there, and what makes them.
+Part = tuple[str, str, str, Callable[[Effort], list[Row]]]
 
 
-def copies(nbytes: int) -> int:
-    """How many copies of a weight are needed for it to be cold."""
-    return min(MAX_COPIES, COLD_BYTES // nbytes + 2)
+def layers(
+    kind: str, dtype: str, shapes: Sequence[str], batches: Sequence[int], patterns: Sequence[str] = PATTERNS
+) -> Callable[[Effort], list[Row]]:
+    """Rows of layers under the instruction set that is on."""
+
+    def make(effort: Effort) -> list[Row]:
+        rows = []
+        for text in shapes:
+            shape = effort.shape(text)
+            sizes = [min(batch, 5) for batch in batches] if effort.tiny else batches
+            new = measure_layer(dtype, shape, sizes, patterns, seconds=effort.seconds, rounds=effort.rounds)
+            for row in new:
+                row["goal"] = verdict(row)
+            rows += [{"kind": kind, **row} if kind else row for row in new]
+        return rows
+
+    return make
 
 
-def dense_calls(x: Tensor, weight: Tensor) -> dict[str, Call]:
-    """The dense candidates that this torch has for ``x``."""
-    weights = [weight.clone() for _ in range(copies(weight.nbytes))]
-    calls: dict[str, Call] = {"F.linear": lambda i: F.linear(x, weights[i % len(weights)])}
-    rows = x.shape[0]
-    reorder = torch.ops.mkldnn._reorder_linear_weight
-    multiply = torch.ops.mkldnn._linear_pointwise
-    onednn = [reorder(w, rows) for w in weights]
-    calls["oneDNN prepacked"] = lambda i: multiply(x, onednn[i % len(onednn)], None, "none", [], "")
-    if x.dtype == torch.float32 and torch.backends.mkl.is_available():
-        mkl = [torch.ops.mkl._mkl_reorder_linear_weight(w, rows) for w in weights]
-
-        def call(i: int) -> Tensor:
-            i %= len(mkl)
-            return torch.ops.mkl._mkl_linear(x, mkl[i], weights[i], None, rows)
-
-        calls["MKL prepacked"] = call
-    return {name: call for name, call in calls.items() if runs(call)}
-
-
-def runs(call: Call) -> bool:
-    """Whether a candidate works here at all."""
-    try:
-        call(0)
-    except RuntimeError:
-        return False
-    return True
-
-
-def packed_call(x: Tensor, weight: Tensor, pattern: str) -> Call:
-    """``F.linear`` with the packed weight."""
-    first = nms.compress(weight, pattern, prune=True)
-    number = copies(first.engine_nbytes or first.nbytes)
-    weights = [first] + [first.with_engine(first.engine) for _ in range(number - 1)]  # makes its forms anew
-    return lambda i: F.linear(x, weights[i % len(weights)])
-
-
-def take_turns(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call(0)
-    for i in range(1, rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call(i)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def rounds_for(shape: tuple[int, int], batch: int, wanted: int | None) -> int:
-    """More rounds for shorter calls."""
-    work = shape[0] * shape[1] * batch
-    return wanted or max(9, min(201, int(6e9 / work)))
-
-
-def measure(
-    dtype: str, shape: tuple[int, int], batch: int, patterns: list[str], wanted_rounds: int | None
-) -> list[dict[str, Any]]:
-    """The rows of one dtype, shape and batch."""
-    weight = torch.randn(shape).to(DTYPES[dtype])
-    x = torch.randn(batch, shape[1]).to(DTYPES[dtype])
-    dense = dense_calls(x, weight)
-    calls = dict(dense)
-    for pattern in patterns:
-        calls[pattern] = packed_call(x, weight, pattern)
-    seconds = take_turns(calls, rounds_for(shape, batch, wanted_rounds))
-    best_name = min(dense, key=lambda name: quartiles(seconds[name])[0])
-    best, linear = quartiles(seconds[best_name])[0], quartiles(seconds["F.linear"])[0]
+def packing(effort: Effort) -> list[Row]:
+    """How long panels take to make."""
     rows = []
-    for pattern in patterns:
-        low, median, high = quartiles(seconds[pattern])
-        rows.append(
-            {
-                "dtype": dtype,
-                "pattern": pattern,
-                "weight": f"{shape[0]}x{shape[1]}",
-                "batch": batch,
-                "F": {"ratio": linear / low},
-                "D": {"ratio": best / low},
-                "packed": {"median": median, "low": low, "high": high},
-                "best dense": f"{best_name} {best * 1e3:.3f} ms",
-                "goal": verdict(dtype, pattern, shape, batch, linear / low, best / low),
-            }
+    for dtype in (*DTYPES, "float16"):
+        shape = effort.shape(LARGE[0])
+        rows += measure_packing(
+            dtype, shape, PACKING_PATTERNS, seconds=2 * effort.seconds, rounds=effort.rounds
         )
     return rows
 
 
-def verdict(dtype: str, pattern: str, shape: tuple[int, int], batch: int, f: float, d: float) -> str:
+def avx2(kind: str) -> Callable[[Effort], list[Row]]:
+    """Rows of our AVX2 kernels; F.linear is what the process was started with."""
+
+    def make(effort: Effort) -> list[Row]:
+        with cpu_isa("avx2"):
+            return [row for d in DTYPES for row in layers(kind, d, LARGE[:1], BATCHES[:3])(effort)]
+
+    return make
+
+
+def avx2_limited(effort: Effort) -> list[Row]:
+    """The same in a process whose F.linear, oneDNN and MKL know nothing beyond AVX2."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--part", "avx2-inner", "--results", folder]
+        command += ["--seconds", str(effort.seconds)] + (["--dry-run"] if effort.tiny else [])
+        command += ["--threads", str(torch.get_num_threads())]
+        subprocess.run(command, check=True, env=os.environ | AVX2_ONLY, stdout=subprocess.DEVNULL)
+        return json.loads((Path(folder) / OTHER_FILE).read_text(encoding="utf-8"))["rows"]
+
+
+def parts() -> list[Part]:
+    """All that there is to measure."""
+    goal = [
+        (f"{d}-{shape}", GOAL_FILE, "rows", layers("", d, (shape,), BATCHES))
+        for d in DTYPES
+        for shape in LARGE
+    ]
+    small = [
+        (f"small-{d}", OTHER_FILE, "rows", layers("small layer", d, SMALL, BATCHES, ("2:4", "1:4", "1:8")))
+        for d in DTYPES
+    ]
+    batches = [
+        (
+            f"batch-{d}",
+            OTHER_FILE,
+            "rows",
+            layers("large batch", d, LARGE[:1], LARGE_BATCHES, ("2:4", "1:4", "1:8")),
+        )
+        for d in DTYPES
+    ]
+    other: list[Part] = [
+        ("avx2", OTHER_FILE, "rows", avx2("AVX2 kernels")),
+        ("avx2-limited", OTHER_FILE, "rows", avx2_limited),
+        ("packing", OTHER_FILE, "packing", packing),
+    ]
+    return [*goal, *small, *batches, *other]
+
+
+# Not on the list: what avx2-limited runs in its own process.
+INNER: Part = ("avx2-inner", OTHER_FILE, "rows", avx2("AVX2 kernels, dense limited to AVX2"))
+
+
+def verdict(row: Row) -> str:
     """Whether it lost against dense, else whether the goal is reached, where there is one."""
+    f, d = row["F"]["ratio"], row["D"]["ratio"]
     if d < 1:
         return "lost"
-    goals = GOALS.get((dtype, pattern))
-    if goals is None or batch not in BATCHES[:5] or f"{shape[0]}x{shape[1]}" not in LARGE:
+    goals = GOALS.get((row["dtype"], row["pattern"]))
+    if goals is None or row["batch"] not in BATCHES or row["weight"] not in LARGE:
         return "-"
-    goal_f, goal_d = goals[BATCHES.index(batch)]
+    goal_f, goal_d = goals[BATCHES.index(row["batch"])]
     return "met" if f >= goal_f and d >= goal_d else f"F {goal_f:g} D {goal_d:g}"
 
 
-def line(row: dict[str, Any]) -> str:
+# ------------------------------------------------------------------------------------------- what is kept
+
+
+def identity(row: Row) -> tuple:
+    """Rows of the same identity replace each other."""
+    return tuple(row.get(key) for key in ("kind", "dtype", "pattern", "weight", "batch"))
+
+
+def merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """The old rows with new ones in their places, or behind them."""
+    fresh = {identity(row): row for row in new}
+    kept = [fresh.pop(identity(row), row) for row in old]
+    return kept + list(fresh.values())
+
+
+def compact(rows: list[Row]) -> list[dict[str, str]]:
+    """One line for each layer and pattern: F and D by batch, with a star below the goal."""
+    lines: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        key = tuple(row.get(k, "") for k in ("kind", "dtype", "weight", "pattern"))
+        head = {
+            name: text for name, text in zip(("kind", "dtype", "weight", "pattern"), key, strict=True) if text
+        }
+        mark = {"met": "", "-": "", "lost": " lost"}.get(row["goal"], " *")
+        text = f"{row['F']['ratio']:.3g} / {row['D']['ratio']:.3g}{mark}"
+        lines.setdefault(key, head)[f"batch {row['batch']}"] = text
+    columns = sorted(
+        {c for line in lines.values() for c in line if c.startswith("batch ")}, key=lambda c: int(c[6:])
+    )
+    heads = ["kind"] * any("kind" in line for line in lines.values()) + ["dtype", "weight", "pattern"]
+    return [{c: line.get(c, "") for c in (*heads, *columns)} for line in lines.values()]
+
+
+WHAT = {
+    GOAL_FILE: (
+        "`F.linear(x, W)` with a packed W, batch rows of x, weights from memory: F / D, F times as fast as "
+        "with the dense weight, D times as fast as the best of that and of prepacked oneDNN and MKL. *: "
+        "below the goal that the project has set itself, in F or in D."
+    ),
+    OTHER_FILE: (
+        "The same for small layers (in the caches), large batches, and the AVX2 kernels, against the "
+        "libraries as they are (they use AVX-512) and limited to AVX2. F.linears: how many calls of "
+        "`F.linear` with one row of x the making of panels takes."
+    ),
+}
+
+
+def store(path: Path, key: str, new: list[Row]) -> None:
+    """Puts rows into a result file; see make_readme_table.py for what it is."""
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    result |= {"machine": machine(), "what": WHAT[path.name]}
+    result[key] = merged(result.get(key, []), new)
+    result.setdefault("rows", [])
+    result["compact"] = compact(result["rows"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def line(row: Row) -> str:
     """A row for the terminal."""
-    packed = row["packed"]
-    spread = (packed["high"] - packed["low"]) / packed["median"]
-    return (
-        f"{row['dtype']:9} {row['weight']:>11} B={row['batch']:<5} {row['pattern']:5} "
-        f"F {row['F']['ratio']:6.2f}  D {row['D']['ratio']:6.2f}  {packed['low'] * 1e3:9.3f} ms "
-        f"± {spread * 50:3.0f} %  {row['best dense']:28} {row['goal']}"
+    time_key = "packed" if "packed" in row else "packing"
+    times = row[time_key]
+    deviation = (times["high"] - times["low"]) / times["median"] / 2
+    head = f"{row.get('kind', ''):12.12} {row['dtype']:9} {row['weight']:>11} {row['pattern']:5}"
+    middle = f"{times['low'] * 1e3:9.3f} ms ± {deviation:4.0%}"
+    if time_key == "packing":
+        return f"{head} {middle}  {row['F.linears']['ratio']:5.2f} F.linears  {row['goal']}"
+    ratios = f"B={row['batch']:<5} F {row['F']['ratio']:6.2f}  D {row['D']['ratio']:6.2f}"
+    dense = f"{row['which']} {row['best dense']['low'] * 1e3:.3f} ms"
+    return f"{head} {ratios} {middle}  {dense:28} {row['goal']}"
+
+
+def summary(rows: list[Row]) -> str:
+    """How many rows lost or are below their goals, and which."""
+    lost = [row for row in rows if row["goal"] == "lost"]
+    missed = [row for row in rows if row["goal"] not in ("lost", "met", "-")]
+    lines = [f"\n{len(rows)} rows, {len(lost)} lost against the best dense, {len(missed)} below their goal"]
+    return "\n".join(
+        [*lines, *(f"lost:  {line(row)}" for row in lost), *(f"below: {line(row)}" for row in missed)]
     )
 
 
-def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is stored: see make_readme_table.py."""
-    return {
-        "machine": machine(),
-        "what": (
-            "`F.linear(x, W)` with a packed W, batch rows of x, weights from memory: F times as fast as with "
-            "the dense weight, D times as fast as the best of that and of prepacked oneDNN and MKL."
-        ),
-        "rows": rows,
-    }
-
-
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, store; returns the exit code."""
+    known = {part[0]: part for part in [*parts(), INNER]}
+    listed = [part[0] for part in parts()]
     parser = argparse.ArgumentParser(description="Packed linear layers against dense ones on the CPU.")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
-    parser.add_argument("--shape", nargs="+", default=[*LARGE, *SMALL], help="out x in, as 4096x4096")
-    parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
-    parser.add_argument("--pattern", nargs="+", default=list(PATTERNS))
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--out", type=Path, default=None, help=f"result file; for all of it: {RESULT}")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    parser.add_argument("--part", nargs="+", choices=known, default=listed, metavar="NAME", help="see --list")
+    parser.add_argument("--list", action="store_true", help="name the parts and end")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each layer and batch")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--dry-run", action="store_true", help="tiny layers, one round: does it run?")
+    options = parser.parse_args(arguments)
+    if options.list:
+        print("\n".join(listed))
+        return 0
+    require_kernels()
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
-    with torch.inference_mode():
-        for dtype in arguments.dtype:
-            for text in arguments.shape:
-                out, inputs = (int(size) for size in text.split("x"))
-                for batch in arguments.batch:
-                    new = measure(dtype, (out, inputs), batch, arguments.pattern, arguments.rounds)
-                    rows += new
-                    print("\n".join(line(row) for row in new), flush=True)
-    lost = [row for row in rows if row["goal"] == "lost"]
-    missed = [row for row in rows if row["goal"].startswith("F ")]
-    print(f"\n{len(rows)} rows, {len(lost)} lost against the best dense, {len(missed)} below their goal")
-    for row in lost:
-        print("lost:", line(row))
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result(rows), indent=1) + "\n", encoding="utf-8")
+    effort = Effort(options.seconds, 1 if options.dry_run else None, options.dry_run)
+    everything: list[Row] = []
+    for name, file, key, make in (known[name] for name in options.part):
+        start = time.perf_counter()
+        with torch.inference_mode():
+            rows = make(effort)
+        store(options.results / file, key, rows)
+        everything += rows
+        print("\n".join(line(row) for row in rows))
+        print(f"-- {name}: {time.perf_counter() - start:.0f} s", flush=True)
+    print(summary(everything))
     return 0
 
 

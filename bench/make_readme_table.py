@@ -4,7 +4,7 @@
     python bench/make_readme_table.py --check    # exit code 1 if it would change
 
 Between ``<!-- table: NAME ... -->`` and ``<!-- end of table -->`` stands what the file
-``bench/results/NAME.json`` says. Such a file is an object with
+``bench/results/NAME.json`` says; NAME.KEY is another list of rows in that file. Such a file is an object with
 
 - "machine": {"processor", "engine", "threads", "torch", "date"}, all of them text; more is left out;
 - "what": one sentence that names the measured call, the baselines, the shape and the caches' state;
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = re.compile(r"(<!-- table: (\w+)[^\n]*-->\n)(.*?)(<!-- end of table -->)", flags=re.DOTALL)
+TABLE = re.compile(r"(<!-- table: ([\w.]+)[^\n]*-->\n)(.*?)(<!-- end of table -->)", flags=re.DOTALL)
 
 
 def cell(value: Any) -> str:
@@ -47,9 +47,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} µs"
 
 
-def table(result: dict[str, Any]) -> str:
-    """A result file as Markdown."""
-    machine, rows = result["machine"], result.get("summary", result["rows"])
+def table(result: dict[str, Any], key: str = "") -> str:
+    """One list of a result file as Markdown."""
+    machine, rows = result["machine"], result[key] if key else result.get("summary", result["rows"])
     keys = list(rows[0])
     lines = [
         "| " + " | ".join(keys) + " |",
@@ -72,9 +72,10 @@ def filled(readme: str, results: Path) -> str:
 
     def one(match: re.Match[str]) -> str:
         opening, name, _, end = match.groups()
+        name, _, key = name.partition(".")
         path = results / f"{name}.json"
         if path.exists():
-            body = table(json.loads(path.read_text(encoding="utf-8")))
+            body = table(json.loads(path.read_text(encoding="utf-8")), key)
         else:
             body = "No measurement is stored here yet; `make bench` makes one of your machine.\n"
         return opening + body + end

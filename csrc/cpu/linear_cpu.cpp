@@ -46,6 +46,7 @@ std::tuple<Tensor, Tensor> panel_pack_cpu(const Tensor& values, const Tensor& in
   Tensor value_panels = new_empty(values, value_sizes(layout, rows), values.scalar_type());
   Tensor index_panels = new_empty(values, index_sizes(layout, rows), ScalarType::Int);
   prefer_huge_pages(value_panels);
+  prefer_huge_pages(index_panels);
   const PanelForm form = form_of(value_panels, index_panels, n, m, rows, k);
   const int64_t grain = ceil_div(kThreadWork, std::max<int64_t>(1, layout.panel_values()));
   torch::stable::parallel_for(0, panel_count(rows), grain, [&](int64_t begin, int64_t end) {

@@ -106,10 +106,11 @@ class Block {
       t.values = values + panel * t.values_panel;
       t.indices = indices + panel * t.indices_panel;
       t.sums = sums_of(tile, panel);
-      // Long stretches are fetched shortly before their use. Of short ones the last tile fetches what all tiles will
-      // need next; for the others they are in the second cache, and one ahead is early enough.
+      // Long stretches are fetched shortly before their use. Of short ones the last of several tiles fetches what all
+      // will need next; for the others they are in the second cache, and one ahead is early enough.
       const int64_t next = panel + kernel.panels;
       t.early = stretch >= 4 * kEarlyBytes ? static_cast<const uint8_t*>(t.values) + kEarlyBytes
+                : t.steps == layout_.steps ? values + next * t.values_panel
                 : tile + 1 == last_tile_   ? static_cast<const uint8_t*>(t.values) + stretch
                                            : values + (next < panels_ ? next : 0) * t.values_panel;
       kernel.run(t);
@@ -174,7 +175,7 @@ void choose_blocks(LinearProblem& problem, int64_t threads) {
   const BatchTiles tiles(problem.batch, problem.kernels->max_tile_rows(layout));
   const int64_t tile_rows = tiles.tile_rows(0);
 
-  const int64_t x_bytes = tiles.count() == 1 && layout.slots > 2 ? kOneTile : kStretch;
+  const int64_t x_bytes = tiles.count() == 1 && (layout.slots > 2 || tile_rows <= 4) ? kOneTile : kStretch;
   problem.block_steps =
       std::max<int64_t>(1, x_bytes / step_bytes(problem, tiles.tile_rows(0)) / layout.unroll) * layout.unroll;
 

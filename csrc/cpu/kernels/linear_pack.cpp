@@ -69,13 +69,13 @@ class WindowCodes {
 
 // Writes a window's fields into one lane's words, from slot `slot` of the panel on.
 template <int kHalves>
-NMS_INLINE void put_fields(const PanelLayout& layout, uint64_t fields, int64_t slot, int half,
+NMS_INLINE void put_fields(int slots, int index_bits, uint64_t fields, int64_t slot, int half,
                            uint32_t* words /* of the lane */) {
   constexpr int room = 32 / kHalves;  // bits of a word for this half
-  const int64_t bit = slot * layout.index_bits;
+  const int64_t bit = slot * index_bits;
   uint32_t* word = words + bit / room * kPanelRows;
   const int shift = static_cast<int>(bit % room);
-  const int left = layout.slots * layout.index_bits + shift;
+  const int left = slots * index_bits + shift;
   const uint64_t mask = low_bits(room);
   *word |= static_cast<uint32_t>(fields << shift & mask) << half * room;
   for (int done = room; done < left; done += room) {
@@ -94,6 +94,7 @@ void pack_panel(const PanelForm& form, const Element* values, const uint8_t* ind
   const PanelLayout& layout = form.layout;
   const WindowCodes codes(layout);
   const int slots = kSlots > 0 ? kSlots : layout.slots;
+  const int index_bits = kSlots > 8 ? 4 : layout.index_bits;  // fields of 2 bits mean at most half of the inputs
   const int64_t groups = (form.k + layout.m - 1) / layout.m;
   const int64_t row_values = groups * layout.n;
   const int64_t row_bytes = index_row_bytes(packed_format(layout.n, layout.m), groups);
@@ -124,7 +125,7 @@ void pack_panel(const PanelForm& form, const Element* values, const uint8_t* ind
           }
           if (lane >= lanes) continue;
           const uint64_t fields = kept == 0 ? codes.no_fields() : codes.fields(row_codes, group, here, indices_end);
-          put_fields<kHalves>(layout, fields, step * slots, half, panel_words + lane);
+          put_fields<kHalves>(slots, index_bits, fields, step * slots, half, panel_words + lane);
         }
       }
     }
@@ -140,8 +141,12 @@ void pack_panel_of(const PanelForm& form, const Element* values, const uint8_t* 
       return pack_panel<Element, 2, kHalves>(form, values, indices, panel);
     case 4:
       return pack_panel<Element, 4, kHalves>(form, values, indices, panel);
+    case 6:
+      return pack_panel<Element, 6, kHalves>(form, values, indices, panel);
     case 8:
       return pack_panel<Element, 8, kHalves>(form, values, indices, panel);
+    case 12:
+      return pack_panel<Element, 12, kHalves>(form, values, indices, panel);
     default:
       return pack_panel<Element, 0, kHalves>(form, values, indices, panel);
   }

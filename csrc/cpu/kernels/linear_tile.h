@@ -40,7 +40,7 @@ struct Tile {
   // Slots whose values and indices are held at once: x is read once for all of them.
   static constexpr int kGroup = kSlots < Format::kSlotGroup ? kSlots : Format::kSlotGroup;
   // A sum must wait for its previous addition; few rows need several sums each to keep the multipliers busy.
-  static constexpr int kChains = kRows * kPanels >= 4 ? 1 : 4 / (kRows * kPanels);
+  static constexpr int kChains = kRows * kPanels >= 8 ? 1 : 8 / (kRows * kPanels);
   static constexpr int kStepValueBytes = kSlots * Format::kValueBytes;
   static constexpr bool kPrefetches = kRows > 1;  // a single row waits for nothing but the value stream
 

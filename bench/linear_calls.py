@@ -1,0 +1,185 @@
+"""What bench_linear.py times: dense and packed calls of one layer, in turn, and what becomes of the times."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import nmsparse_ext as nms
+from nmsparse_ext.panels import panel_pack
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COLD_BYTES = 160 << 20  # several times what the last-level cache holds
+MAX_COPIES = 48
+MIN_ROUNDS, MAX_ROUNDS = 9, 400
+
+Call = Callable[[int], object]  # the argument chooses the copy of the weight
+Times = dict[str, list[float]]
+Row = dict[str, Any]
+
+
+def copies(nbytes: int) -> int:
+    """How many copies of a weight are needed for it to be cold."""
+    return min(MAX_COPIES, COLD_BYTES // nbytes + 2)
+
+
+class Dense:
+    """The dense candidates that this torch has: ``F.linear``, and oneDNN and MKL with a prepacked weight.
+
+    The latter two are what a model calls that inductor compiled and froze.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weights = [weight.clone() for _ in range(copies(weight.nbytes))]
+
+    def calls(self, x: Tensor) -> dict[str, Call]:
+        """Those that work for ``x``; weights are packed for its number of rows."""
+        weights, rows = self.weights, x.shape[0]
+        calls: dict[str, Call] = {"F.linear": lambda i: F.linear(x, weights[i % len(weights)])}
+        multiply = torch.ops.mkldnn._linear_pointwise
+        onednn = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in weights]
+        calls["oneDNN prepacked"] = lambda i: multiply(x, onednn[i % len(onednn)], None, "none", [], "")
+        if x.dtype == torch.float32 and torch.backends.mkl.is_available():
+            mkl = [torch.ops.mkl._mkl_reorder_linear_weight(w, rows) for w in weights]
+
+            def call(i: int) -> Tensor:
+                i %= len(mkl)
+                return torch.ops.mkl._mkl_linear(x, mkl[i], weights[i], None, rows)
+
+            calls["MKL prepacked"] = call
+        return {name: call for name, call in calls.items() if runs(call)}
+
+
+def runs(call: Call) -> bool:
+    """Whether a candidate works here at all."""
+    try:
+        call(0)
+    except RuntimeError:
+        return False
+    return True
+
+
+def packed_weights(weight: Tensor, pattern: str) -> list[Tensor]:
+    """The packed weight, as often as it takes to be cold; every copy has panels of its own."""
+    first = nms.compress(weight, pattern, prune=True)
+    number = copies(first.engine_nbytes or first.nbytes)
+    return [first] + [first.with_engine(first.engine) for _ in range(number - 1)]
+
+
+def packed_call(x: Tensor, weights: Sequence[Tensor]) -> Call:
+    """``F.linear`` with the packed weight."""
+    return lambda i: F.linear(x, weights[i % len(weights)])
+
+
+def take_turns(calls: Mapping[str, Call], seconds: float, rounds: int | None = None) -> Times:
+    """Seconds of each call in each round: one call each a round, so that a slow moment hits all alike.
+
+    Args:
+        calls: Name -> call.
+        seconds: How long to go on, within the limits of the number of rounds.
+        rounds: Exactly so many rounds instead.
+    """
+    times: Times = {name: [] for name in calls}
+    for call in calls.values():
+        call(0)
+    least, most = (rounds, rounds) if rounds else (MIN_ROUNDS, MAX_ROUNDS)
+    begin, done = time.perf_counter(), 0
+    while done < least or (done < most and time.perf_counter() - begin < seconds):
+        done += 1
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call(done)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    ordered = sorted(times)
+    last = len(ordered) - 1
+    return {"median": ordered[last // 2], "low": ordered[last // 4], "high": ordered[math.ceil(last * 3 / 4)]}
+
+
+def compared(times: Times, patterns: Sequence[str], dense: Sequence[str]) -> dict[str, Row]:
+    """Pattern -> F and D, ratios of lower quartiles, and the times they are made of."""
+    spreads = {name: spread(values) for name, values in times.items()}
+    best = min(dense, key=lambda name: spreads[name]["low"])
+    return {
+        pattern: {
+            "F": {"ratio": spreads["F.linear"]["low"] / spreads[pattern]["low"]},
+            "D": {"ratio": spreads[best]["low"] / spreads[pattern]["low"]},
+            "packed": spreads[pattern],
+            "F.linear": spreads["F.linear"],
+            "best dense": spreads[best],
+            "which": best,
+        }
+        for pattern in patterns
+    }
+
+
+def measure_layer(
+    dtype: str,
+    shape: tuple[int, int],
+    batches: Sequence[int],
+    patterns: Sequence[str],
+    *,
+    seconds: float,
+    rounds: int | None,
+) -> list[Row]:
+    """All rows of one layer: batches outside, patterns inside."""
+    weight = torch.randn(shape).to(DTYPES[dtype])
+    dense = Dense(weight)
+    packed = {pattern: packed_weights(weight, pattern) for pattern in patterns}
+    rows = []
+    for batch in batches:
+        x = torch.randn(batch, shape[1]).to(DTYPES[dtype])
+        calls = dense.calls(x)
+        names = list(calls)
+        calls |= {pattern: packed_call(x, weights) for pattern, weights in packed.items()}
+        for pattern, row in compared(take_turns(calls, seconds, rounds), patterns, names).items():
+            layer = {"dtype": dtype, "pattern": pattern, "weight": f"{shape[0]}x{shape[1]}", "batch": batch}
+            rows.append(layer | row)
+    return rows
+
+
+def measure_packing(
+    dtype: str, shape: tuple[int, int], patterns: Sequence[str], *, seconds: float, rounds: int | None
+) -> list[Row]:
+    """How long panels take to make, against ``F.linear`` with one row of x."""
+    weight = torch.randn(shape).to(DTYPES[dtype])
+    weights = [weight.clone() for _ in range(copies(weight.nbytes))]
+    x = torch.randn(1, shape[1]).to(DTYPES[dtype])
+    calls: dict[str, Call] = {"F.linear": lambda i: F.linear(x, weights[i % len(weights)])}
+    for pattern in patterns:
+        calls[pattern] = packing_call(weight, pattern)
+    times = take_turns(calls, seconds, rounds)
+    linear = spread(times["F.linear"])
+    rows = []
+    for pattern in patterns:
+        pack = spread(times[pattern])
+        share = pack["low"] / linear["low"]
+        rows.append(
+            {
+                "dtype": dtype,
+                "pattern": pattern,
+                "weight": f"{shape[0]}x{shape[1]}",
+                "packing": pack,
+                "F.linear, batch 1": linear,
+                "F.linears": {"ratio": share},
+                "goal": "met" if share < 3 else "below 3",
+            }
+        )
+    return rows
+
+
+def packing_call(weight: Tensor, pattern: str) -> Call:
+    """Panels from the packed form; their memory is given back every time."""
+    packed = nms.compress(weight, pattern, prune=True)
+    values, indices = packed.packed_values, packed.packed_indices
+    return lambda i: panel_pack(values, indices, packed.pattern, k=weight.shape[1])
