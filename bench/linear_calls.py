@@ -40,29 +40,45 @@ class Dense:
 
     def calls(self, x: Tensor) -> dict[str, Call]:
         """Those that work for ``x``; weights are packed for its number of rows."""
-        weights, rows = self.weights, x.shape[0]
-        calls: dict[str, Call] = {"F.linear": lambda i: F.linear(x, weights[i % len(weights)])}
-        multiply = torch.ops.mkldnn._linear_pointwise
-        onednn = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in weights]
-        calls["oneDNN prepacked"] = lambda i: multiply(x, onednn[i % len(onednn)], None, "none", [], "")
-        if x.dtype == torch.float32 and torch.backends.mkl.is_available():
-            mkl = [torch.ops.mkl._mkl_reorder_linear_weight(w, rows) for w in weights]
+        calls: dict[str, Call] = {}
+        for name, make in (
+            ("F.linear", plain_call),
+            ("oneDNN prepacked", onednn_call),
+            ("MKL prepacked", mkl_call),
+        ):
+            try:
+                call = make(x, self.weights)
+                call(0)
+            except RuntimeError:  # not for this dtype or processor
+                continue
+            calls[name] = call
+        return calls
 
-            def call(i: int) -> Tensor:
-                i %= len(mkl)
-                return torch.ops.mkl._mkl_linear(x, mkl[i], weights[i], None, rows)
 
-            calls["MKL prepacked"] = call
-        return {name: call for name, call in calls.items() if runs(call)}
+def plain_call(x: Tensor, weights: Sequence[Tensor]) -> Call:
+    """``F.linear``."""
+    return lambda i: F.linear(x, weights[i % len(weights)])
 
 
-def runs(call: Call) -> bool:
-    """Whether a candidate works here at all."""
-    try:
-        call(0)
-    except RuntimeError:
-        return False
-    return True
+def onednn_call(x: Tensor, weights: Sequence[Tensor]) -> Call:
+    """OneDNN's product with weights in its own layout."""
+    multiply = torch.ops.mkldnn._linear_pointwise
+    packed = [torch.ops.mkldnn._reorder_linear_weight(w, x.shape[0]) for w in weights]
+    return lambda i: multiply(x, packed[i % len(packed)], None, "none", [], "")
+
+
+def mkl_call(x: Tensor, weights: Sequence[Tensor]) -> Call:
+    """MKL's product with weights in its own layout."""
+    if x.dtype != torch.float32 or not torch.backends.mkl.is_available():
+        raise RuntimeError("MKL packs float32 only")
+    rows = x.shape[0]
+    packed = [torch.ops.mkl._mkl_reorder_linear_weight(w, rows) for w in weights]
+
+    def call(i: int) -> Tensor:
+        i %= len(packed)
+        return torch.ops.mkl._mkl_linear(x, packed[i], weights[i], None, rows)
+
+    return call
 
 
 def packed_weights(weight: Tensor, pattern: str) -> list[Tensor]:
@@ -74,7 +90,7 @@ def packed_weights(weight: Tensor, pattern: str) -> list[Tensor]:
 
 def packed_call(x: Tensor, weights: Sequence[Tensor]) -> Call:
     """``F.linear`` with the packed weight."""
-    return lambda i: F.linear(x, weights[i % len(weights)])
+    return plain_call(x, weights)
 
 
 def take_turns(calls: Mapping[str, Call], seconds: float, rounds: int | None = None) -> Times:
@@ -155,7 +171,7 @@ def measure_packing(
     weight = torch.randn(shape).to(DTYPES[dtype])
     weights = [weight.clone() for _ in range(copies(weight.nbytes))]
     x = torch.randn(1, shape[1]).to(DTYPES[dtype])
-    calls: dict[str, Call] = {"F.linear": lambda i: F.linear(x, weights[i % len(weights)])}
+    calls = {"F.linear": plain_call(x, weights)}
     for pattern in patterns:
         calls[pattern] = packing_call(weight, pattern)
     times = take_turns(calls, seconds, rounds)

@@ -17,6 +17,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import ScalarFormatter
 
+from nmsparse_ext import Pattern
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "linear_cpu.json"
 PICTURE = ROOT / "docs" / "images" / "linear_cpu.png"
@@ -26,7 +28,7 @@ BASELINES = {"F": "F.linear", "D": "the best dense"}
 def draw_panel(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
     """Speed-up over one baseline, for the rows of one dtype and weight."""
     batches = sorted({row["batch"] for row in rows})
-    for pattern in dict.fromkeys(row["pattern"] for row in rows):
+    for pattern in sorted({row["pattern"] for row in rows}, key=lambda p: (-Pattern.parse(p).density, p)):
         points = {row["batch"]: row[key]["ratio"] for row in rows if row["pattern"] == pattern}
         axes.plot(list(points), list(points.values()), marker="o", markersize=4, label=pattern)
     axes.axhline(1, color="black", linewidth=1, linestyle="--")
@@ -58,8 +60,9 @@ def draw(result: dict[str, Any], weight: str, picture: Path) -> None:
                 axes.set_ylabel(f"times as fast as {name}")
         grid[0][column].set_title(f"{dtype}, {weight}")
         grid[-1][column].set_xlabel("batch (rows of x)")
-    grid[0][-1].legend(title="kept", fontsize=8)
-    figure.tight_layout()
+    lines, names = grid[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="lower center", ncol=len(names), frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
     plt.close(figure)
