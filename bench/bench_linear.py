@@ -200,7 +200,7 @@ def merged(old: list[Row], new: list[Row]) -> list[Row]:
     return kept + list(fresh.values())
 
 
-def compact(rows: list[Row]) -> list[dict[str, str]]:
+def by_batch(rows: list[Row]) -> list[dict[str, str]]:
     """One line for each layer and pattern: F and D by batch, with a star below the goal."""
     lines: dict[tuple, dict[str, str]] = {}
     for row in rows:
@@ -238,7 +238,7 @@ def store(path: Path, key: str, new: list[Row]) -> None:
     result |= {"machine": machine(), "what": WHAT[path.name]}
     result[key] = merged(result.get(key, []), new)
     result.setdefault("rows", [])
-    result["compact"] = compact(result["rows"])
+    result["summary"] = by_batch(result["rows"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -45,7 +45,7 @@ def test_dry_run_of_everything(tmp_path, capsys):
         "AVX2 kernels, dense limited to AVX2",
     }
     assert {r["pattern"] for r in other["packing"]} == set(bench_linear.PACKING_PATTERNS)
-    for result, key in ((goals, "rows"), (goals, "compact"), (other, "compact"), (other, "packing")):
+    for result, key in ((goals, "rows"), (goals, ""), (other, ""), (other, "packing")):
         assert make_readme_table.table(result, key).startswith("| ")
 
 
@@ -62,7 +62,7 @@ def test_rows_of_a_later_run_take_the_places_of_old_ones(tmp_path):
     bench_linear.store(path, "rows", [row(1, 1, 0.5), row(16, 4, 1.2)])
     stored = json.loads(path.read_text())
     assert [r["batch"] for r in stored["rows"]] == [1, 4, 16]
-    assert stored["compact"] == [
+    assert stored["summary"] == [
         {
             "dtype": "float32",
             "weight": "4096x4096",
@@ -76,9 +76,9 @@ def test_rows_of_a_later_run_take_the_places_of_old_ones(tmp_path):
     assert "3 rows, 1 lost against the best dense, 1 below their goal" in text
 
 
-def test_table_of_another_list_of_rows(tmp_path):
+def test_table_has_a_column_for_each_batch(tmp_path):
     bench_linear.store(tmp_path / bench_linear.GOAL_FILE, "rows", [row(1, 3, 2)])
-    readme = "<!-- table: linear_cpu.compact (x) -->\n<!-- end of table -->\n"
+    readme = "<!-- table: linear_cpu (x) -->\n<!-- end of table -->\n"
     assert "| float32 | 4096x4096 | 2:4 | 3 / 2 |" in make_readme_table.filled(readme, tmp_path)
 
 

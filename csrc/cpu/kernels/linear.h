@@ -37,7 +37,7 @@ struct LinearTile {
   int64_t steps;            // a multiple of the layout's unroll
   void* sums;               // [panels, tile rows, 16] float; double for float64
   const PanelLayout* layout;
-  bool from_zero = false;  // sums are not continued but begun: their memory may hold anything
+  bool from_zero = false;            // sums are not continued but begun: their memory may hold anything
   const int32_t* x_steps = nullptr;  // [steps], for kernels of placed steps: bytes from x to the rows of each
 };
 using LinearTileFn = void (*)(const LinearTile&);
