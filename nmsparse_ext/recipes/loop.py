@@ -152,7 +152,8 @@ class _Run:
             loss = self._step(micro)
             total, steps = total + loss, steps + 1
             logs.step(loss)
-        mean = self.process.sum(torch.tensor(total / max(steps, 1), dtype=torch.float64))
+        mean = torch.tensor(total / max(steps, 1), dtype=torch.float64, device=self.process.device)
+        mean = self.process.sum(mean)
         step = (epoch + 1) * self.task.steps_per_epoch
         lr = self.schedule.get_last_lr()[0]
         return {"step": step, "lr": lr, "train_loss": float(mean) / self.process.shard.world}

@@ -268,6 +268,42 @@ def _caveats() -> list[str]:
     ]
 
 
+def short_table(records: Records, plan: Plan) -> str:
+    """The main comparison of all experiments in one table, for the README."""
+    comparisons = compare_all(plan, records)
+    lines = [
+        "| recipe | pattern | dense | STE | SR-STE | λ | SR-STE minus STE | p (Holm) | SAD of STE, SR-STE |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for experiment in plan.experiments:
+        for c in comparisons:
+            if (c.experiment, c.arm, c.against, c.figure) != (
+                experiment.name, "sr-ste", "ste", experiment.metric
+            ):  # fmt: skip
+                continue
+
+            def mean(arm: str, figure: str, e: Experiment = experiment, pattern: str = c.pattern) -> str:
+                return _mean(_finite(figures_by_seed(records, e, arm, pattern, figure)), figure, None)
+
+            arms = [mean(arm, experiment.metric) for arm in ("dense", "ste", "sr-ste")]
+            tested = _test_cells(c)
+            lines.append(
+                _row(
+                    f"{experiment.recipe}, {experiment.metric}",
+                    c.pattern,
+                    *arms,
+                    _lambda_of(records, experiment, "sr-ste", c.pattern),
+                    tested[0],
+                    tested[-1],
+                    f"{mean('ste', 'sad')}, {mean('sr-ste', 'sad')}",
+                )
+            )
+    missing = sum(job.key not in records for job in plan.jobs())
+    if missing:
+        lines += ["", f"Not complete yet: {missing} runs are missing."]
+    return "\n".join(lines) + "\n"
+
+
 # -------------------------------------------------------------------------------------------------- cells
 
 
