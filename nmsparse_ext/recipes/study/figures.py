@@ -59,6 +59,8 @@ def draw_metric(axes: Axes, experiment: Experiment, records: Mapping[str, Record
 
 def draw_sad(axes: Axes, experiment: Experiment, records: Mapping[str, Record]) -> None:
     """SAD over the run at the pattern of the sweep: means over the seeds, epoch by epoch."""
+    from matplotlib.ticker import MaxNLocator
+
     pattern = experiment.sweep_pattern
     arms, broken = ("ste", *experiment.arms, "sweep"), cycle(("--", ":", "-."))
     for arm in arms:
@@ -79,6 +81,7 @@ def draw_sad(axes: Axes, experiment: Experiment, records: Mapping[str, Record]) 
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: "")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("weights that change sides per step (%)")
     axes.set_title(f"SAD at {pattern}")
