@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import FormatError
 from .ops import find_violation, nm_mask, nm_prune, nm_prune_, sad, transposable_mask
 from .pattern import Pattern
-from .tensor import NMTensor, compress, linear  # not lazy: torch.load must know NMTensor from the start
+from .products import linear
+from .tensor import NMTensor, compress  # not lazy: torch.load must know NMTensor from the start
 
 if TYPE_CHECKING:
     from ._build import build_info

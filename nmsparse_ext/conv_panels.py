@@ -17,10 +17,10 @@ from torch import Tensor
 from ._checks import ceil_div
 from ._conv_layout import tap_inputs, weight_of_rows
 from ._panel_layout import PANEL_ROWS
-from .panels import Activation, Panels, panel_pack, panel_unpack, without_autograd
+from .panels import Activation, Panels, panel_pack, panel_restore, panel_unpack, without_autograd
 from .pattern import Pattern
 
-__all__ = ["conv_pack", "conv_unpack", "panel_conv", "why_no_conv"]
+__all__ = ["conv_pack", "conv_restore", "conv_unpack", "panel_conv", "why_no_conv"]
 
 _nms = torch.ops.nmsparse
 
@@ -53,6 +53,22 @@ def conv_pack(values: Tensor, indices: Tensor, pattern: Pattern, *, k: int) -> P
 def _filled(x: Tensor, size: int) -> Tensor:
     """``x`` with zeros at the end of its last dim, ``size`` in all."""
     return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
+
+
+def conv_restore(panels: Panels, pattern: Pattern, *, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What `conv_pack` was given, bit for bit, for a weight of ``shape [O, I, *kernel]``."""
+    rows, k, *kernel = shape
+    taps = math.prod(kernel)
+    tap = tap_inputs(pattern.n, pattern.m, k, taps, panels.values.dtype)
+    values, indices = panel_restore(panels, pattern, rows=rows, k=taps * tap)
+    bits = ceil_div(k, pattern.m) * pattern.bits_per_group
+    values = values.view(rows, *kernel, values.shape[1] // taps)
+    indices = indices.view(rows, *kernel, indices.shape[1] // taps)
+    values = values[..., : ceil_div(k, pattern.m) * pattern.n].contiguous()
+    indices = indices[..., : ceil_div(bits, 8)].contiguous()
+    if bits % 8 and taps > 1:  # where the groups began that fill a place up
+        indices[..., -1] &= (1 << bits % 8) - 1
+    return values, indices
 
 
 def conv_unpack(panels: Panels, pattern: Pattern, *, shape: Sequence[int]) -> Tensor:

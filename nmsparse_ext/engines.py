@@ -6,7 +6,10 @@ exported graphs see them; they are shared by views and never saved. A new engine
 call; nothing else knows which engines there are.
 
 Forms describe the canonical rows ``[other dims..., K]`` (group dim last). A transposed weight has the same
-rows, so its forms are the same too.
+rows, so its forms are the same too. That is why an engine multiplies with rows: ``linear`` is
+``input @ rows.T``, which is ``F.linear`` for a weight ``[out, in]`` grouped along ``in`` and
+``input @ weight`` for one ``[in, out]`` grouped along ``in``. The product along the other dim (the gradient
+of the input above all) is the one that no engine has: see ``products.across``.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,27 +36,40 @@ class Engine:
         name: The key in the table, stored with each weight.
         why_not: ``weight -> None``, or the reason why this engine cannot run it here (device, dtype,
             pattern).
-        linear: ``(input [..., in], weight [out, in], bias [out] or None) -> [..., out]``; differentiable in
-            input and bias.
+        linear: ``(input [..., in], weight with rows [out, in], bias or None) -> [..., out]``: ``input @
+            rows.T`` with a bias of any shape that ``F.linear`` takes; differentiable in input and bias. A
+            fourth argument, one of `activations`, names what is applied on the way out.
         conv: ``(op, input, weight, bias, *args, **kwargs)`` with ``op`` one of ``F.conv1d/2d/3d`` and their
             transposed versions; the same as ``op(input, weight.to_dense(), bias, *args, **kwargs)``.
         forms: Names of the tensors that `build` derives.
-        build: ``weight -> forms``, in the order of `forms`.
-        split_rows: How many rows of the weight one index of the forms' leading dims stands for, so that
-            narrowing there gives the forms of those rows. 0 if it does not; the pieces of a split weight then
-            fall back to an engine without forms, as do those that do not begin and end with such rows.
-        automatic: Whether `best_engine` may choose it. Not so for engines that take more memory than the
-            dense weight.
+        build: ``weight -> forms``, in the order of `forms`. The first has the weight's dtype.
+        restore: ``weight -> (values, indices)`` from the forms alone, bit for bit what `build` was given;
+            ``None`` if that cannot be, so that the packed form has to be kept.
+        dense_rows: ``weight -> dense [other dims..., K]``, a faster way to the dense weight than from the
+            packed form; ``None`` if there is none.
+        activations: Names of the activations that `linear` can apply to its sums.
+        split_rows: How many rows of the weight one index of the forms' leading dims stands for (one number
+            for all of them, or one for each), so that narrowing there gives the forms of those rows. 0 if it
+            does not; the pieces of a split weight then fall back to an engine without forms, as do those that
+            do not begin and end with such rows.
+        matrix_engine: For an engine of stacks of matrices: the name of the one that runs ``weight[i]`` from
+            what the forms have at ``[i]``.
+        automatic: Whether `best_engine` may choose it, or for which weights. Not so for engines that take
+            more memory than the dense weight, or round the weights.
     """
 
     name: str
     why_not: Callable[[NMTensor], str | None]
-    linear: Callable[[Tensor, NMTensor, Tensor | None], Tensor]
+    linear: Callable[..., Tensor]
     conv: Callable[..., Tensor]
     forms: tuple[str, ...] = ()
     build: Callable[[NMTensor], tuple[Tensor, ...]] = lambda weight: ()
-    split_rows: int = 0
-    automatic: bool = True
+    restore: Callable[[NMTensor], tuple[Tensor, Tensor]] | None = None
+    dense_rows: Callable[[NMTensor], Tensor] | None = None
+    activations: tuple[str, ...] = ()
+    split_rows: int | tuple[int, ...] = 0
+    matrix_engine: str = ""
+    automatic: bool | Callable[[NMTensor], bool] = True
 
 
 ENGINES: dict[str, Engine] = {}
@@ -76,7 +93,12 @@ def register_engine(engine: Engine, *, first: bool = False) -> None:
 
 def best_engine(weight: NMTensor) -> Engine:
     """Returns the most preferred engine that can run ``weight`` where it is. There always is one."""
-    return next(engine for engine in ENGINES.values() if engine.automatic and engine.why_not(weight) is None)
+    return next(
+        engine
+        for engine in ENGINES.values()
+        if (engine.automatic(weight) if callable(engine.automatic) else engine.automatic)
+        and engine.why_not(weight) is None
+    )
 
 
 def find_engine(name: str) -> Engine:
@@ -90,6 +112,15 @@ def find_engine(name: str) -> Engine:
     return ENGINES[name]
 
 
+def portable(weight: NMTensor) -> tuple[Tensor, Tensor]:
+    """The values and indices of a weight; made from the engine's form where only that is kept."""
+    if weight.packed_values is not None and weight.packed_indices is not None:
+        return weight.packed_values, weight.packed_indices
+    restore = ENGINES[weight.engine].restore
+    assert restore is not None, weight.engine
+    return restore(weight)
+
+
 def unpack(weight: NMTensor) -> Tensor:
     """Returns the dense weight: contiguous (unless expanded), of ``weight``'s shape and dtype.
 
@@ -99,15 +130,29 @@ def unpack(weight: NMTensor) -> Tensor:
     methods that override one of ``torch.Tensor``.
     """
     dim = weight.group_dim - len(weight.batch)
-    dense = ops.unpack(weight.packed_values, weight.packed_indices, weight.pattern, k=weight.k, dim=dim)
+    if weight.packed_values is None:
+        dense = unpack_rows(weight).movedim(-1, dim).contiguous()
+    else:
+        assert weight.packed_indices is not None
+        dense = ops.unpack(weight.packed_values, weight.packed_indices, weight.pattern, k=weight.k, dim=dim)
     return dense.expand(*weight.batch, *dense.shape) if weight.batch else dense
+
+
+def unpack_rows(weight: NMTensor) -> Tensor:
+    """Returns the canonical rows, dense: ``[other dims..., K]`` without expanded dims; differentiable."""
+    dense_rows = ENGINES[weight.engine].dense_rows
+    values = weight.packed_values
+    if dense_rows is not None and (values is None or not values.requires_grad):
+        return dense_rows(weight)
+    values, indices = portable(weight)
+    return ops.unpack(values, indices, weight.pattern, k=weight.k, dim=-1)
 
 
 # ------------------------------------------------------------------------------- decompress: works everywhere
 
 
 def _decompress_linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(input, unpack(weight), bias)
+    return F.linear(input, unpack_rows(weight), bias)
 
 
 def _decompress_conv(
@@ -139,16 +184,19 @@ register_engine(
 def _dense_build(weight: NMTensor) -> tuple[Tensor]:
     # A view with the group dim last, as the contract of forms wants it; moving it back gives the contiguous
     # weight.
-    return (unpack(weight).movedim(weight.group_dim, -1),)
+    dim = weight.group_dim - len(weight.batch)
+    dense = ops.unpack(*portable(weight), weight.pattern, k=weight.k, dim=dim)
+    return (dense.movedim(dim, -1),)
 
 
-def _dense_weight(weight: NMTensor) -> Tensor:
-    form: Tensor = getattr(weight, "form_dense")  # noqa: B009 - forms are no declared attributes
-    return form.movedim(-1, weight.group_dim)
+def _dense_rows(weight: NMTensor) -> Tensor:
+    if weight.shared is not None and not torch.compiler.is_compiling():
+        weight.shared.refresh()
+    return getattr(weight, "form_dense")  # noqa: B009 - forms are no declared attributes
 
 
 def _dense_linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(input, _dense_weight(weight), bias)
+    return F.linear(input, _dense_rows(weight), bias)
 
 
 def _dense_conv(
@@ -159,7 +207,7 @@ def _dense_conv(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    return op(input, _dense_weight(weight), bias, *args, **kwargs)
+    return op(input, _dense_rows(weight).movedim(-1, weight.group_dim), bias, *args, **kwargs)
 
 
 # Exactly as fast as the dense weight, and takes its memory on top of the packed form's: only on request.
@@ -171,6 +219,7 @@ register_engine(
         conv=_dense_conv,
         forms=("dense",),
         build=_dense_build,
+        dense_rows=_dense_rows,
         split_rows=1,
         automatic=False,
     )

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._build import extension
-from ._checks import holds_data
-from .conv_panels import conv_pack, panel_conv, why_no_conv
-from .engines import Engine, register_engine, unpack
+from .conv_panels import conv_pack, conv_restore, conv_unpack, panel_conv, why_no_conv
+from .engines import Engine, portable, register_engine, unpack, unpack_rows
 from .engines_cpu import cast_panels, panels_of
 from .panels import Panels, why_no_panels
 
@@ -31,22 +30,32 @@ _ATEN_CONV = torch.ops.aten.convolution.default
 def _why_not(weight: NMTensor) -> str | None:
     if extension is None:
         return "it needs the compiled extension"
-    values = weight.packed_values
-    if values.device.type != "cpu":
-        return f"it runs on the CPU, the weight is on {values.device}"
-    if not 3 <= values.dim() <= 5:
-        return f"it convolves in 1 to 3 dimensions, the weight has {values.dim()} dimensions"
+    with torch._C.DisableTorchFunctionSubclass():
+        device, dtype, dims = weight.device, weight.dtype, weight.dim()
+    if device.type != "cpu":
+        return f"it runs on the CPU, the weight is on {device}"
+    if not 3 <= dims <= 5:
+        return f"it convolves in 1 to 3 dimensions, the weight has {dims} dimensions"
     if weight.group_dim != 1:
         return f"it sums over dim 1 of a weight, groups run along dim {weight.group_dim}"
-    return why_no_panels(weight.pattern, values.dtype)
+    return why_no_panels(weight.pattern, dtype)
 
 
 def _build(weight: NMTensor) -> tuple[Tensor, Tensor]:
-    return conv_pack(weight.packed_values, weight.packed_indices, weight.pattern, k=weight.k)
+    return conv_pack(*portable(weight), weight.pattern, k=weight.k)
+
+
+def _restore(weight: NMTensor) -> tuple[Tensor, Tensor]:
+    return conv_restore(panels_of(weight), weight.pattern, shape=weight.dense_shape())
+
+
+def _dense_rows(weight: NMTensor) -> Tensor:
+    dense = conv_unpack(panels_of(weight), weight.pattern, shape=weight.dense_shape())
+    return dense.movedim(1, -1)
 
 
 def _linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(input, unpack(weight), bias)
+    return F.linear(input, unpack_rows(weight), bias)
 
 
 def _conv(
@@ -60,8 +69,8 @@ def _conv(
     geometry = _geometry(op, weight, *args, **kwargs)
     if (
         geometry is None
-        or why_no_conv(input, weight._dense_shape(), geometry["groups"]) is not None
-        or (weight.packed_values.requires_grad and torch.is_grad_enabled())
+        or why_no_conv(input, weight.dense_shape(), geometry["groups"]) is not None
+        or _wants_values_grad(weight)
         or forward_ad._current_level >= 0
     ):
         return op(input, unpack(weight), bias, *args, **kwargs)
@@ -70,10 +79,15 @@ def _conv(
     return _convolve(input, weight, panels_of(weight), bias, geometry)
 
 
+def _wants_values_grad(weight: NMTensor) -> bool:
+    values = weight.packed_values
+    return values is not None and values.requires_grad and torch.is_grad_enabled()
+
+
 def _convolve(
     input: Tensor, weight: NMTensor, panels: Panels, bias: Tensor | None, geometry: dict[str, Any]
 ) -> Tensor:
-    return panel_conv(input, panels, bias, weight.pattern, shape=weight._dense_shape(), **geometry)
+    return panel_conv(input, panels, bias, weight.pattern, shape=weight.dense_shape(), **geometry)
 
 
 def _autocast_conv(input: Tensor, weight: NMTensor, bias: Tensor | None, geometry: dict[str, Any]) -> Tensor:
@@ -81,13 +95,10 @@ def _autocast_conv(input: Tensor, weight: NMTensor, bias: Tensor | None, geometr
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
         input = input.to(dtype)
-        own = weight.packed_values.dtype
-        # A graph has no place for a cast weight: see engines_cpu.
-        if torch.compiler.is_compiling() or not holds_data(weight.packed_values):
-            bias = None if bias is None else bias.to(own)
-            return _convolve(input.to(own), weight, panels_of(weight), bias, geometry).to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        return _convolve(input, weight, cast_panels(weight, dtype, conv_pack), bias, geometry)
+        panels = cast_panels(weight, dtype)
+        own = panels.values.dtype
+        bias = None if bias is None else bias.to(own)
+        return _convolve(input.to(own), weight, panels, bias, geometry).to(dtype)
 
 
 # ---------------------------------------------------------------------------------- arguments of convolutions
@@ -100,7 +111,7 @@ def _geometry(
 
     ``None`` for what it cannot do, and for what ``op`` refuses: that then says so itself.
     """
-    _, _, *kernel = weight._dense_shape()
+    _, _, *kernel = weight.dense_shape()
     if op in _CONVS:
         found = _conv_arguments(kernel, *args, **kwargs)
     elif op is _ATEN_CONV:
@@ -170,6 +181,8 @@ register_engine(
         conv=_conv,
         forms=("values", "indices"),
         build=_build,
+        restore=_restore,
+        dense_rows=_dense_rows,
     ),
     first=True,
 )

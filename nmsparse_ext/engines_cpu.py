@@ -1,4 +1,8 @@
-"""The engine that multiplies from panels on the CPU: faster than dense up to about two kept of three."""
+"""The engines that multiply from panels on the CPU: faster than dense up to about two kept of three.
+
+``cpu-panels`` is for matrices, ``cpu-expert-panels`` for stacks of matrices of one shape (``[experts,
+...]``), whose single matrices are weights of ``cpu-panels``: ``weight[e]`` shares the panels.
+"""
 
 from __future__ import annotations
 
@@ -10,54 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import panels as ops
+from . import panels as panel_ops
 from ._build import extension
-from ._checks import holds_data
-from ._panel_layout import PANEL_ROWS
-from .engines import Engine, register_engine, unpack
-from .panels import Panels, panel_linear, panel_pack
+from ._panel_layout import ACTIVATIONS, PANEL_ROWS
+from .engines import Engine, portable, register_engine, unpack, unpack_rows
+from .panels import Activation, Panels, panel_linear, panel_pack, panel_restore, panel_unpack
 
 if TYPE_CHECKING:
     from .tensor import NMTensor
 
 
-def _why_not(weight: NMTensor) -> str | None:
+def _why_not(weight: NMTensor, rows: int) -> str | None:
     if extension is None:
         return "it needs the compiled extension"
-    values = weight.packed_values
-    if values.device.type != "cpu":
-        return f"it runs on the CPU, the weight is on {values.device}"
-    if values.dim() != 2:
-        return f"it multiplies matrices, the weight has {values.dim()} dimensions"
-    return ops.why_no_panels(weight.pattern, values.dtype)
-
-
-def _build(weight: NMTensor) -> tuple[Tensor, Tensor]:
-    return panel_pack(weight.packed_values, weight.packed_indices, weight.pattern, k=weight.k)
-
-
-def panels_of(weight: NMTensor) -> Panels:
-    """The forms of a weight whose engine multiplies from panels."""
-    # Forms are no declared attributes.
-    return Panels(getattr(weight, "form_values"), getattr(weight, "form_indices"))  # noqa: B009
-
-
-def _linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:
-    if (
-        weight.group_dim != 1
-        or (weight.packed_values.requires_grad and torch.is_grad_enabled())
-        or forward_ad._current_level >= 0
-    ):
-        # Groups along the outputs, a gradient for the values, forward-mode derivatives (which PyTorch drops
-        # in silence at ops such as ours): none is what panels are for.
-        return F.linear(input, unpack(weight), bias)
-    if torch.is_autocast_enabled("cpu"):
-        return _autocast_linear(input, weight, bias)
-    return _multiply(input, weight, panels_of(weight), bias)
-
-
-def _multiply(input: Tensor, weight: NMTensor, panels: Panels, bias: Tensor | None) -> Tensor:
-    return panel_linear(input, panels, bias, weight.pattern, rows=weight.packed_values.shape[0], k=weight.k)
+    with torch._C.DisableTorchFunctionSubclass():
+        device, dtype = weight.device, weight.dtype
+    if device.type != "cpu":
+        return f"it runs on the CPU, the weight is on {device}"
+    if len(weight.rows) != rows:
+        kind = "matrices" if rows == 1 else "stacks of matrices"
+        return f"it multiplies {kind}, the weight has {len(weight.rows) + 1} dimensions"
+    return panel_ops.why_no_panels(weight.pattern, dtype)
 
 
 def _conv(
@@ -71,51 +48,162 @@ def _conv(
     return op(input, unpack(weight), bias, *args, **kwargs)
 
 
+def panels_of(weight: NMTensor) -> Panels:
+    """The forms of a weight whose engine multiplies from panels; built anew if it was written to."""
+    if weight.shared is not None and not torch.compiler.is_compiling():
+        weight.shared.refresh()
+    # Forms are no declared attributes.
+    return Panels(getattr(weight, "form_values"), getattr(weight, "form_indices"))  # noqa: B009
+
+
+# --------------------------------------------------------------------------------------------------- matrices
+
+
+def _build(weight: NMTensor) -> tuple[Tensor, Tensor]:
+    return panel_pack(*portable(weight), weight.pattern, k=weight.k)
+
+
+def _restore(weight: NMTensor) -> tuple[Tensor, Tensor]:
+    return panel_restore(panels_of(weight), weight.pattern, rows=weight.rows[0], k=weight.k)
+
+
+def _dense_rows(weight: NMTensor) -> Tensor:
+    return panel_unpack(panels_of(weight), weight.pattern, rows=weight.rows[0], k=weight.k)
+
+
+def _linear(
+    input: Tensor, weight: NMTensor, bias: Tensor | None = None, activation: Activation = "none"
+) -> Tensor:
+    values = weight.packed_values
+    if (
+        values is not None and values.requires_grad and torch.is_grad_enabled()
+    ) or forward_ad._current_level >= 0:
+        # A gradient for the values, or forward-mode derivatives (which PyTorch drops in silence at ops such
+        # as ours): neither is what panels are for.
+        y = F.linear(input, unpack_rows(weight), bias)
+        return y if activation == "none" else getattr(F, activation)(y)
+    if torch.is_autocast_enabled("cpu"):
+        return _autocast_linear(input, weight, bias, activation)
+    return _multiply(input, weight, panels_of(weight), bias, activation)
+
+
+def _multiply(
+    input: Tensor, weight: NMTensor, panels: Panels, bias: Tensor | None, activation: Activation
+) -> Tensor:
+    rows = weight.rows[0]
+    if bias is None or (bias.dim() == 1 and bias.shape[0] == rows):
+        return panel_linear(input, panels, bias, weight.pattern, rows=rows, k=weight.k, activation=activation)
+    if bias.numel() == 1 and bias.dim() <= 1:
+        return _multiply(input, weight, panels, bias.expand(rows), activation)
+    y = panel_linear(input, panels, None, weight.pattern, rows=rows, k=weight.k)
+    y = y + bias.expand_as(y)
+    return y if activation == "none" else getattr(F, activation)(y)
+
+
 # --------------------------------------------------------------------------------------------------- autocast
 
 
-def _autocast_linear(input: Tensor, weight: NMTensor, bias: Tensor | None) -> Tensor:
+def _autocast_linear(input: Tensor, weight: NMTensor, bias: Tensor | None, activation: Activation) -> Tensor:
     """As ``F.linear`` under autocast: input, weight and bias rounded to its dtype, and so is the result."""
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
         input = input.to(dtype)
-        # Torch 2.11 makes the fake call of a graph's node outside of what is_compiling() tells.
-        if torch.compiler.is_compiling() or not holds_data(weight.packed_values):
-            # A graph has no place where a cast weight could stay, and to cast it in every call would cost
-            # more than to multiply with it as it is.
-            own = weight.packed_values.dtype
-            return _multiply(input.to(own), weight, panels_of(weight), _cast(bias, own)).to(dtype)
-        return _multiply(input, weight, cast_panels(weight, dtype, panel_pack), _cast(bias, dtype))
+        panels = cast_panels(weight, dtype)
+        own = panels.values.dtype
+        return _multiply(input.to(own), weight, panels, _cast(bias, own), activation).to(dtype)
+
+
+def cast_panels(weight: NMTensor, dtype: torch.dtype) -> Panels:
+    """The panels in another dtype, made once for a weight and its views; in a graph the panels as they are.
+
+    A graph has no place where a cast weight could stay, and to cast it in every call would cost more than to
+    multiply in the weight's own dtype.
+    """
+    panels = panels_of(weight)
+    if panels.values.dtype == dtype or weight.shared is None or torch.compiler.is_compiling():
+        return panels
+    return Panels(*weight.shared.cast(weight, dtype))
 
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
 
-def cast_panels(weight: NMTensor, dtype: torch.dtype, pack: Callable[..., Panels]) -> Panels:
-    """The panels in another dtype: made once, kept on the weight for as long as its values stay the same."""
-    values = weight.packed_values
-    if values.dtype == dtype:
-        return panels_of(weight)
-    # A write to the weight counts on the weight, one to its values on them.
-    version = (dtype, values.data_ptr(), *(0 if t.is_inference() else t._version for t in (weight, values)))
-    cached = getattr(weight, "_autocast_panels", None)
-    if cached is None or cached[0] != version:
-        with torch.no_grad():
-            panels = pack(values.to(dtype), weight.packed_indices, weight.pattern, k=weight.k)
-        cached = (version, panels)
-        weight._autocast_panels = cached  # type: ignore[attr-defined]
-    return cached[1]
+# ---------------------------------------------------------------------------------------- stacks of matrices
+
+
+def _why_no_stack(weight: NMTensor) -> str | None:
+    if weight.group_dim == len(weight.batch):
+        return "it multiplies stacks of matrices, but the groups run from one to the next"
+    return _why_not(weight, 2)
+
+
+def _build_stack(weight: NMTensor) -> tuple[Tensor, Tensor]:
+    """Panels of each matrix, one after the other: ``[experts, panels, ...]``."""
+    values, indices = portable(weight)
+    experts, rows = weight.rows
+    if rows % PANEL_ROWS == 0:
+        flat = panel_pack(values.flatten(0, 1), indices.flatten(0, 1), weight.pattern, k=weight.k)
+        return _stacked(flat.values, experts), _stacked(flat.indices, experts)
+    each = [panel_pack(v, i, weight.pattern, k=weight.k) for v, i in zip(values, indices, strict=True)]
+    return torch.stack([form.values for form in each]), torch.stack([form.indices for form in each])
+
+
+def _stacked(form: Tensor, experts: int) -> Tensor:
+    return form.unflatten(0, (experts, form.shape[0] // experts))
+
+
+def _each_matrix(weight: NMTensor) -> list[Panels]:
+    panels = panels_of(weight)
+    return [Panels(v, i) for v, i in zip(panels.values, panels.indices, strict=True)]
+
+
+def _restore_stack(weight: NMTensor) -> tuple[Tensor, Tensor]:
+    each = [panel_restore(p, weight.pattern, rows=weight.rows[1], k=weight.k) for p in _each_matrix(weight)]
+    return torch.stack([values for values, _ in each]), torch.stack([indices for _, indices in each])
+
+
+def _dense_stack(weight: NMTensor) -> Tensor:
+    each = _each_matrix(weight)
+    return torch.stack([panel_unpack(p, weight.pattern, rows=weight.rows[1], k=weight.k) for p in each])
+
+
+def _no_linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:
+    raise NotImplementedError(
+        "a stack of packed matrices is multiplied by bmm, baddbmm, matmul or grouped_mm, or matrix by matrix "
+        "as weight[e]; F.linear takes one matrix"
+    )
 
 
 register_engine(
     Engine(
+        name="cpu-expert-panels",
+        why_not=_why_no_stack,
+        linear=_no_linear,
+        conv=_conv,
+        forms=("values", "indices"),
+        build=_build_stack,
+        restore=_restore_stack,
+        dense_rows=_dense_stack,
+        split_rows=(1, PANEL_ROWS),
+        matrix_engine="cpu-panels",
+        # Grouped along the middle it may as well be the weight of a 1-D convolution: that is for the caller
+        # to know.
+        automatic=lambda weight: weight.group_dim - len(weight.batch) == 2,
+    ),
+    first=True,
+)
+register_engine(
+    Engine(
         name="cpu-panels",
-        why_not=_why_not,
+        why_not=lambda weight: _why_not(weight, 1),
         linear=_linear,
         conv=_conv,
         forms=("values", "indices"),
         build=_build,
+        restore=_restore,
+        dense_rows=_dense_rows,
+        activations=tuple(name for name in ACTIVATIONS if name != "none"),
         split_rows=PANEL_ROWS,
     ),
     first=True,

@@ -6,21 +6,24 @@ is in ``_tensor_functions.py``; how it is multiplied is in ``engines.py``.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from ._checks import WEIGHT_DTYPES, holds_data
-from .engines import ENGINES, Engine, best_engine, find_engine, unpack
+from ._checks import holds_data
+from ._forms import SharedForms
+from ._tensor_checks import check_parts, refuse_violation
+from .engines import ENGINES, Engine, best_engine, find_engine, portable, unpack
 from .pattern import Pattern
 
 Remainder = ops.Remainder
-REMAINDERS: tuple[Remainder, ...] = ("error", "pad")
+Keep = Literal["both", "engine"]
+KEEPS: tuple[Keep, ...] = ("both", "engine")
 
 
 class NMTensor(torch.Tensor):
@@ -33,8 +36,9 @@ class NMTensor(torch.Tensor):
     weights are frozen: gradients reach the input and the bias.
 
     Make one with `compress`, or with `from_packed` from parts that came from elsewhere. To change one,
-    ``copy_`` a weight into it: what the engine multiplies with is derived from ``values`` and ``indices``,
-    and does not follow when those are written to.
+    ``copy_`` a weight into it, or write to ``values`` or ``indices``: what the engine multiplies with is
+    derived from those, and is derived anew at the next call in eager mode (compiled code goes on with what
+    it has until then).
 
     Attributes:
         values: The kept weights, ``[other dims..., groups * n]``, in group order.
@@ -44,45 +48,59 @@ class NMTensor(torch.Tensor):
         group_dim: The dim of the dense weight that groups run along.
         remainder: ``"pad"`` if its size may be no multiple of m, else ``"error"``.
         engine: Name of the engine that multiplies with it (see ``engines.py``).
-        nbytes: Bytes of ``values`` and ``indices``. What the engine needs on top is `engine_nbytes`.
+        keep: ``"both"`` if the packed form and the engine's are held. ``"engine"`` if only the engine's is:
+            then ``values`` and ``indices`` are made when asked for, bit for bit what was packed, and a write
+            to them changes nothing.
+        nbytes: Bytes of ``values`` and ``indices``; if they are not held, `engine_nbytes`.
+        engine_nbytes: Bytes of the engine's form.
+        held_nbytes: Bytes of all that is held.
     """
 
-    packed_values: Tensor
-    packed_indices: Tensor
+    packed_values: Tensor | None  # None: only the engine's form is kept
+    packed_indices: Tensor | None
     pattern: Pattern
     group_dim: int
+    rows: tuple[int, ...]  # sizes of the other dims, without batch
     batch: tuple[int, ...]  # sizes of leading dims that are broadcast: matmul expands a 2-D weight to batches
     k: int  # size of group_dim; kept because .shape of a subclass takes a trip through __torch_function__
     remainder: Remainder  # type: ignore[assignment]  # a method of torch.Tensor
     engine: str
+    shared: SharedForms | None  # None: nothing to share, or not known (in compiled graphs)
 
     # ------------------------------------------------------------------------------------------- construction
 
     @staticmethod
     def __new__(  # noqa: D102 - see the class
         cls: type[NMTensor],
-        values: Tensor,
-        indices: Tensor,
+        values: Tensor | None,
+        indices: Tensor | None,
         pattern: Pattern,
         group_dim: int,
         shape: torch.Size | tuple[int, ...],
         remainder: Remainder,
         engine: str,
         forms: tuple[Tensor, ...],
+        batch_dims: int = 0,
+        shared: SharedForms | None = None,
     ) -> NMTensor:
         # Checks nothing: it runs for every detach and view. `compress` and `from_packed` are the public
         # doors.
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=values.dtype, device=values.device)
+        like = forms[0] if values is None else values
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         self.packed_values = values
         self.packed_indices = indices
         self.pattern = pattern
         self.group_dim = group_dim
         self.k = shape[group_dim]
-        self.batch = tuple(shape[: len(shape) - values.dim()])
+        self.batch = tuple(shape[:batch_dims])
+        self.rows = (*shape[batch_dims:group_dim], *shape[group_dim + 1 :])
         self.remainder = remainder
         self.engine = engine
         for name, form in zip(find_engine(engine).forms, forms, strict=True):
             setattr(self, f"form_{name}", form)
+        if shared is None and forms and holds_data(like):
+            shared = SharedForms(self, forms)
+        self.shared = shared
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -120,53 +138,87 @@ class NMTensor(torch.Tensor):
         """
         pattern = Pattern.parse(pattern)
         shape = tuple(shape)
-        _check_parts(values, indices, pattern, group_dim, shape, remainder)
-        portable = NMTensor(values, indices, pattern, group_dim, shape, remainder, "decompress", ())
-        return portable.with_engine(engine)
+        check_parts(values, indices, pattern, group_dim, shape, remainder)
+        weight = NMTensor(values, indices, pattern, group_dim, shape, remainder, "decompress", ())
+        return weight.with_engine(engine)
 
-    def with_engine(self, engine: str | None) -> NMTensor:
-        """Returns the same weight, sharing its values and indices, to be run by another engine.
+    def with_engine(self, engine: str | None, *, keep: Keep = "both") -> NMTensor:
+        """Returns the same weight, to be run by another engine; it shares the values and indices if held.
 
         Args:
             engine: Name of the engine; ``None`` chooses the best for this device, dtype and pattern.
+            keep: ``"engine"`` holds only what the engine multiplies with: the memory of one form, not of two.
+                For engines without a form of their own that is the packed form.
 
         Raises:
-            ValueError: If there is no such engine, or it cannot run this weight; the message says why.
+            ValueError: If there is no such engine, or it cannot run this weight, or cannot be kept alone; the
+                message says why.
         """
+        if keep not in KEEPS:
+            raise ValueError(f"keep must be one of {KEEPS}, got {keep!r}")
         chosen = best_engine(self) if engine is None else find_engine(engine)
         reason = chosen.why_not(self)
         if reason is not None:
             raise ValueError(f"engine {chosen.name!r} cannot run this weight: {reason}")
-        return self._rebuild(self.packed_values, self.packed_indices, chosen)
+        return self._rebuild(*portable(self), chosen, keep)
 
-    def _rebuild(self, values: Tensor, indices: Tensor, engine: Engine) -> NMTensor:
+    def _rebuild(self, values: Tensor, indices: Tensor, engine: Engine, keep: Keep = "both") -> NMTensor:
         """The same layout with other contents; the forms of ``engine`` are built anew."""
-        parts = (self.pattern, self.group_dim, self._dense_shape(), self.remainder)
-        portable = NMTensor(values, indices, *parts, "decompress", ())
+        parts = (self.pattern, self.group_dim, self.dense_shape(), self.remainder)
+        plain = NMTensor(values, indices, *parts, "decompress", (), len(self.batch))
         if not engine.forms:
-            portable.engine = engine.name
-            return portable
+            plain.engine = engine.name
+            return plain
+        if keep == "engine":
+            if engine.restore is None:
+                raise ValueError(
+                    f"keep must be 'both' for engine {engine.name!r}: the packed form cannot be made again "
+                    "from its own"
+                )
+            if values.requires_grad:
+                raise ValueError("keep must be 'both' for a weight whose values take gradients")
         with torch.no_grad():
-            return NMTensor(values, indices, *parts, engine.name, engine.build(portable))
+            forms = engine.build(plain)
+        if keep == "engine":
+            return NMTensor(None, None, *parts, engine.name, forms, len(self.batch))
+        return NMTensor(values, indices, *parts, engine.name, forms, len(self.batch))
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> NMTensor:
-        """The same weight with ``fn`` applied to every inner tensor."""
+        """The same weight with ``fn`` applied to every inner tensor: a copy."""
         return NMTensor(
-            fn(self.packed_values),
-            fn(self.packed_indices),
+            None if self.packed_values is None else fn(self.packed_values),
+            None if self.packed_indices is None else fn(self.packed_indices),
             self.pattern,
             self.group_dim,
-            self._dense_shape(),
+            self.dense_shape(),
             self.remainder,
             self.engine,
-            tuple(fn(form) for form in self._forms()),
+            tuple(fn(form) for form in self.forms()),
+            len(self.batch),
         )
 
-    def _dense_shape(self) -> tuple[int, ...]:
+    def reshaped(self, group_dim: int, shape: tuple[int, ...], batch_dims: int) -> NMTensor:
+        """The same inner tensors as a weight of another shape: what has the same canonical rows."""
+        return NMTensor(
+            self.packed_values,
+            self.packed_indices,
+            self.pattern,
+            group_dim,
+            shape,
+            self.remainder,
+            self.engine,
+            self.forms(),
+            batch_dims,
+            None if torch.compiler.is_compiling() else self.shared,
+        )
+
+    def dense_shape(self) -> tuple[int, ...]:
+        """``tuple(shape)`` without the trip through ``__torch_function__``."""
         with torch._C.DisableTorchFunctionSubclass():
             return tuple(self.shape)
 
-    def _forms(self) -> tuple[Tensor, ...]:
+    def forms(self) -> tuple[Tensor, ...]:
+        """The engine's tensors."""
         return tuple(getattr(self, f"form_{name}") for name in find_engine(self.engine).forms)
 
     # --------------------------------------------------------------------------------------------- attributes
@@ -175,12 +227,12 @@ class NMTensor(torch.Tensor):
     @property
     def values(self) -> Tensor:  # type: ignore[override]
         """The kept weights."""
-        return self.packed_values
+        return portable(self)[0] if self.packed_values is None else self.packed_values
 
     @property
     def indices(self) -> Tensor:  # type: ignore[override]
         """Where they stood."""
-        return self.packed_indices
+        return portable(self)[1] if self.packed_indices is None else self.packed_indices
 
     @property
     def encoding(self) -> str:
@@ -188,14 +240,26 @@ class NMTensor(torch.Tensor):
         return self.pattern.encoding
 
     @property
+    def keep(self) -> Keep:
+        """Whether the packed form is held beside the engine's."""
+        return "engine" if self.packed_values is None else "both"
+
+    @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes of the packed form."""
+        """Bytes of the packed form, or of the engine's where only that is held."""
+        if self.packed_values is None or self.packed_indices is None:
+            return self.engine_nbytes
         return self.packed_values.nbytes + self.packed_indices.nbytes
 
     @property
     def engine_nbytes(self) -> int:
-        """Bytes of the tensors that the engine keeps beside the packed form."""
-        return sum(form.nbytes for form in self._forms())
+        """Bytes of the tensors that the engine multiplies with; 0 if those are ``values`` and ``indices``."""
+        return sum(form.nbytes for form in self.forms())
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes of all tensors that the weight holds."""
+        return self.nbytes if self.packed_values is None else self.nbytes + self.engine_nbytes
 
     def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> Tensor:
         """Returns the dense weight: contiguous, of the same shape; pruned entries are +0.0.
@@ -208,48 +272,47 @@ class NMTensor(torch.Tensor):
         return dense if dtype is None else dense.to(dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        dense_bytes = math.prod(self._dense_shape()) * self.packed_values.itemsize
+        like = self.forms()[0] if self.packed_values is None else self.packed_values
+        dense_bytes = math.prod(self.dense_shape()) * like.itemsize
         padded = ", padded" if self.remainder == "pad" else ""
+        alone = ", keep='engine'" if self.packed_values is None else ""
         return (
-            f"NMTensor({self.pattern} along dim {self.group_dim}{padded}, shape={list(self._dense_shape())}, "
-            f"dtype={self.packed_values.dtype}, device='{self.packed_values.device}', "
-            f"{self.nbytes} bytes packed of {dense_bytes} dense, engine={self.engine!r})"
+            f"NMTensor({self.pattern} along dim {self.group_dim}{padded}, shape={list(self.dense_shape())}, "
+            f"dtype={like.dtype}, device='{like.device}', "
+            f"{self.nbytes} bytes packed of {dense_bytes} dense, engine={self.engine!r}{alone})"
         )
 
     def __dir__(self) -> list[str]:
         # torch.export asks the first weight that it meets which attributes to follow on all of them, so the
         # forms of every engine are named here.
         forms = (f"form_{name}" for engine in ENGINES.values() for name in engine.forms)
-        return sorted({*super().__dir__(), *forms})
+        return sorted({*super().__dir__(), "packed_values", "packed_indices", *forms})
 
     # ------------------------------------------------------------------------------------- copying and saving
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Pattern, int, Remainder, str]]:
-        names = [
-            "packed_values",
-            "packed_indices",
-            *(f"form_{name}" for name in find_engine(self.engine).forms),
-        ]
-        return names, (self.pattern, self.group_dim, self.remainder, self.engine)
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Pattern, int, Remainder, str, int]]:
+        names = [] if self.packed_values is None else ["packed_values", "packed_indices"]
+        names += [f"form_{name}" for name in find_engine(self.engine).forms]
+        return names, (self.pattern, self.group_dim, self.remainder, self.engine, len(self.batch))
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor],
-        context: tuple[Pattern, int, Remainder, str],
+        context: tuple[Pattern, int, Remainder, str, int],
         outer_size: torch.Size,
         outer_stride: object,
     ) -> NMTensor:
-        pattern, group_dim, remainder, engine = context
-        forms = tuple(inner[f"form_{name}"] for name in find_engine(engine).forms)
+        pattern, group_dim, remainder, engine, batch_dims = context
         return NMTensor(
-            inner["packed_values"],
-            inner["packed_indices"],
+            inner.get("packed_values"),
+            inner.get("packed_indices"),
             pattern,
             group_dim,
             outer_size,
             remainder,
             engine,
-            forms,
+            tuple(inner[f"form_{name}"] for name in find_engine(engine).forms),
+            batch_dims,
         )
 
     def _stable_hash_for_caching(self) -> str:
@@ -260,22 +323,37 @@ class NMTensor(torch.Tensor):
             for name in names
             for part in (getattr(self, name),)
         ]
-        return repr(("NMTensor", self._dense_shape(), context, inner))
+        return repr(("NMTensor", self.dense_shape(), context, inner))
 
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., Tensor], tuple]:
         # Engine forms are derived, so they are not saved. Everything else is plain tensors and builtins, so
         # that torch.load(weights_only=True) needs to trust one name only, which checks what it is given.
         state = (
-            self.packed_values,
-            self.packed_indices,
+            *portable(self),
             str(self.pattern),
             self.group_dim,
-            self._dense_shape(),
+            self.dense_shape(),
             self.remainder,
             self.engine,
             getattr(self, "_is_param", False),
+            self.keep,
         )
         return _from_pickle, state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) in memo:
+            return memo[id(self)]
+        # Whatever takes gradients goes PyTorch's way, which refuses all but leaves.
+        copied: Tensor = self._map(
+            lambda part: copy.deepcopy(part, memo) if part.requires_grad else part.clone()
+        )
+        if getattr(self, "_is_param", False):
+            copied = torch.nn.Parameter(copied, requires_grad=False)
+        for name, value in vars(self).items():  # what others have put on it, as on any tensor
+            if name not in vars(copied):
+                setattr(copied, name, copy.deepcopy(value, memo))
+        memo[id(self)] = copied
+        return copied
 
     def share_memory_(self) -> NMTensor:
         """Not supported.
@@ -313,60 +391,32 @@ class NMTensor(torch.Tensor):
         return handler(func, *args, **(kwargs or {}))
 
 
+def inner_tensors(weight: NMTensor) -> list[Tensor]:
+    """All tensors that a weight holds."""
+    names, _ = weight.__tensor_flatten__()
+    return [getattr(weight, name) for name in names]
+
+
 # What PyTorch functions do with an NMTensor: public functions (above autograd), and ATen ops (below it) for
-# whoever does not come through those. Filled by _tensor_functions.py.
+# whoever does not come through those. Filled by the modules
+# imported at the end.
 FUNCTIONS: dict[Callable, Callable] = {}
 OPS: dict[Any, Callable] = {}
 
 
-def _check_parts(
-    values: Tensor,
-    indices: Tensor,
-    pattern: Pattern,
-    group_dim: int,
-    shape: tuple[int, ...],
-    remainder: Remainder,
-) -> None:
-    """Raises unless the parts make one packed weight; see `NMTensor.from_packed`."""
-    for name, part in (("values", values), ("indices", indices)):
-        if not isinstance(part, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(part).__name__}")
-    if values.dtype not in WEIGHT_DTYPES:
-        raise TypeError(f"values must be one of {', '.join(map(str, WEIGHT_DTYPES))}, got {values.dtype}")
-    if indices.dtype != torch.uint8:
-        raise TypeError(f"indices must be torch.uint8, got {indices.dtype}")
-    if indices.device != values.device:
-        raise ValueError(f"indices must be on the device of values, {values.device}, got {indices.device}")
-    if not 1 <= len(shape) <= 5 or any(size < 0 for size in shape):
-        raise ValueError(f"shape must have 1 to 5 non-negative sizes, got {shape}")
-    if not 0 <= group_dim < len(shape):
-        raise ValueError(f"group_dim must be in [0, {len(shape)}) for shape {shape}, got {group_dim}")
-    if remainder not in REMAINDERS:
-        raise ValueError(f"remainder must be one of {REMAINDERS}, got {remainder!r}")
-    k = shape[group_dim]
-    if remainder == "error" and k % pattern.m:
-        raise ValueError(
-            f"size {k} of group dim {group_dim} is no multiple of m = {pattern.m}, and remainder is 'error'"
-        )
-    rows = [*shape[:group_dim], *shape[group_dim + 1 :]]
-    groups = pattern.groups(k)
-    wanted = [*rows, groups * pattern.n]
-    if list(values.shape) != wanted:
-        raise ValueError(
-            f"values must have shape {wanted} for {pattern} and shape {shape}, got {list(values.shape)}"
-        )
-    wanted = [*rows, -(-groups * pattern.bits_per_group // 8)]
-    if list(indices.shape) != wanted:
-        raise ValueError(
-            f"indices must have shape {wanted} for {pattern} and shape {shape}, got {list(indices.shape)}"
-        )
-    if holds_data(indices):
-        bad = ops.check_indices(indices, pattern, k=k)
-        if bad is not None:
-            raise ValueError(
-                f"indices of group {list(bad)} ([other dims..., group]) are no legal choice of {pattern.n} "
-                f"of {pattern.m}: they must be distinct, ascending and inside the group, and unused bits zero"
-            )
+def implements(*funcs: Any) -> Callable[[Callable], Callable]:
+    """Enters a function into the table of ATen ops, under one or more of them."""
+
+    def register(handler: Callable) -> Callable:
+        OPS.update(dict.fromkeys(funcs, handler))
+        return handler
+
+    return register
+
+
+def unsupported(func: Any, why: str) -> NotImplementedError:
+    """The error for what an op cannot do."""
+    return NotImplementedError(f"NMTensor does not support {func} {why}; work on .to_dense()")
 
 
 def _from_pickle(
@@ -378,6 +428,7 @@ def _from_pickle(
     remainder: Remainder,
     engine: str,
     is_parameter: bool,
+    keep: Keep = "both",
 ) -> Tensor:
     weight = NMTensor.from_packed(
         values,
@@ -392,7 +443,8 @@ def _from_pickle(
     known = ENGINES.get(engine)
     if known is None or known.why_not(weight) is not None:
         known = best_engine(weight)
-    weight = weight._rebuild(values, indices, known)
+    alone: Keep = "engine" if keep == "engine" and known.restore is not None else "both"
+    weight = weight._rebuild(values, indices, known, alone)
     return torch.nn.Parameter(weight, requires_grad=False) if is_parameter else weight
 
 
@@ -425,42 +477,15 @@ def compress(
         raise TypeError(f"w must be a dense Tensor, got an NMTensor packed as {w.pattern}; use w.to_dense()")
     pattern = Pattern.parse(pattern)
     if not prune:
-        _refuse_violation(w, pattern, dim, remainder)
+        refuse_violation(w, pattern, dim, remainder)
     values, indices = ops.pack(w, pattern, dim=dim, remainder=remainder)
     group_dim = 0 if w.dim() == 1 else dim % w.dim()
-    portable = NMTensor(values, indices, pattern, group_dim, tuple(w.shape), remainder, "decompress", ())
-    return portable.with_engine(None)
-
-
-def _refuse_violation(w: Tensor, pattern: Pattern, dim: int, remainder: Remainder) -> None:
-    violation = ops.find_violation(w, pattern, dim=dim, remainder=remainder)
-    if violation is not None:
-        raise ValueError(
-            f"w does not satisfy {pattern}: the group along dim {dim} that starts at {list(violation.index)} "
-            f"has {violation.kept} nonzeros, at most {pattern.n} are allowed. Train or prune it with that "
-            "pattern, or pass prune=True"
-        )
-
-
-def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiplies with a packed (or dense) weight.
-
-    Equivalent to ``F.linear(x, W.to_dense(), bias)``. Differentiable in ``x``, in ``bias``, and in the values
-    of a packed weight that was made by `compress` from a weight that requires gradients.
-
-    Args:
-        x: ``[..., in]``.
-        W: ``[out, in]``, an `NMTensor` or a dense tensor.
-        bias: ``[out]``.
-
-    Returns:
-        ``[..., out]``.
-    """
-    return F.linear(x, W, bias)
+    weight = NMTensor(values, indices, pattern, group_dim, tuple(w.shape), remainder, "decompress", ())
+    return weight.with_engine(None)
 
 
 # Not the class: whoever may call that puts parts together that nobody has checked.
 torch.serialization.add_safe_globals([_from_pickle])
 
-# At the end, because these modules need the class above; they fill FUNCTIONS and OPS.
-from . import _tensor_functions, _transformer_functions  # noqa: E402, F401
+# At the end, because they need the class above; they fill FUNCTIONS and OPS.
+from . import _tensor_functions, _tensor_views, _transformer_functions, products  # noqa: E402, F401

@@ -443,9 +443,10 @@ def test_autocast(low: torch.dtype) -> None:
             actual = packed_layer(x)
             assert actual.dtype == expected.dtype == low
             torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
-        cached = packed_layer.weight._autocast_panels
+        cached = packed_layer.weight.shared.cast(packed_layer.weight, low)
         packed_layer(x)
-        assert packed_layer.weight._autocast_panels is cached
+        again = packed_layer.weight.shared.cast(packed_layer.weight, low)
+        assert all(a is b for a, b in zip(again, cached, strict=True))
         torch.testing.assert_close(
             torch.compile(packed_layer, fullgraph=True)(x), expected, atol=2e-2, rtol=2e-2
         )

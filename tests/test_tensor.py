@@ -431,7 +431,7 @@ def test_views_share_memory(engine: str) -> None:
         assert view.shape == expected.shape
         assert torch.equal(view.to_dense(), expected)
         assert view.values.untyped_storage().data_ptr() == weight.values.untyped_storage().data_ptr()
-        for form, source in zip(view._forms(), weight._forms(), strict=True):
+        for form, source in zip(view.forms(), weight.forms(), strict=True):
             assert form.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
         if view.dim() == 2:
             x = torch.randn(3, expected.shape[1])
@@ -526,7 +526,7 @@ def test_copies_are_equal_and_separate(engine: str, how: str) -> None:
     )
     assert torch.equal(other.to_dense(), w)
     for mine, theirs in zip(
-        (parameter.values, *parameter._forms()), (other.values, *other._forms()), strict=True
+        (parameter.values, *parameter.forms()), (other.values, *other.forms()), strict=True
     ):
         assert mine.data_ptr() != theirs.data_ptr()
 
@@ -582,7 +582,7 @@ def test_moves_between_dtypes_and_devices() -> None:
             torch.uint8,
         )
         assert half.engine == engine
-        assert all(form.dtype == torch.bfloat16 for form in half._forms())
+        assert all(form.dtype == torch.bfloat16 for form in half.forms())
         assert torch.equal(half.to_dense(), w.to(torch.bfloat16))
         x = torch.randn(2, 8, dtype=torch.bfloat16)
         assert torch.equal(F.linear(x, half), F.linear(x, w.to(torch.bfloat16)))
@@ -754,7 +754,7 @@ def test_engine_table() -> None:
 
     def linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:
         calls.append(weight.form_twice.shape)
-        return F.linear(input, engines.unpack(weight), bias)
+        return F.linear(input, engines.unpack_rows(weight), bias)
 
     def why_not(weight: NMTensor) -> str | None:
         return None if weight.values.dtype == torch.float32 else "only float32"

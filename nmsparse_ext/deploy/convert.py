@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ..engines import find_engine
 from ..pattern import Pattern
 from ..scheme import Scheme, as_scheme
-from ..tensor import NMTensor, compress
+from ..tensor import KEEPS, Keep, NMTensor, compress
 from ..weights import Weight, weights
 from .detect import detect_pattern, has_nonzero
 from .example import ExampleInput, caller_of, run_example, tokens
 from .measure import alternate
 from .report import LayerReport, attach
-from .support import why_not_packed, why_unpacked
+from .support import engine_for, why_not_packed, why_unpacked
 
 POLICIES = ("auto", "always")
 
@@ -34,6 +34,7 @@ def convert(
     example_input: ExampleInput | None = None,
     policy: str = "auto",
     engine: str | None = None,
+    keep: Keep = "both",
 ) -> nn.Module:
     """Packs the sparse weights of a model: each becomes a frozen ``nn.Parameter`` that holds an `NMTensor`.
 
@@ -54,6 +55,10 @@ def convert(
             of keyword arguments.
         policy: ``"auto"`` packs where that is measured to be faster, ``"always"`` wherever the pattern holds.
         engine: Name of the engine to run packed weights with; ``None`` chooses the best for each.
+        keep: ``"both"`` holds the packed form and what the engine multiplies with. ``"engine"`` holds only
+            the latter, so that the weights take n/m of their memory, plus indices; see `NMTensor.keep`.
+            Weights whose engine has no form of its own, or one that the packed form cannot be made from
+            again, hold the packed form in either case.
 
     Returns:
         ``model``.
@@ -67,9 +72,11 @@ def convert(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {POLICIES}, got {policy!r}")
+    if keep not in KEEPS:
+        raise ValueError(f"keep must be one of {KEEPS}, got {keep!r}")
     if engine is not None:
         find_engine(engine)
-    plans = _plan(model, scheme, engine)
+    plans = _plan(model, scheme, engine, keep)
     candidates = [plan for plan in plans if plan.choice is None]
     if policy == "always":
         for plan in candidates:
@@ -123,7 +130,7 @@ class _Plan:
             dense_ms=self.dense_seconds * 1e3 if measured else None,
             packed_ms=self.packed_seconds * 1e3 if measured and self.packed_seconds else None,
             dense_bytes=shape.numel() * itemsize,
-            packed_bytes=tensor.nbytes + tensor.engine_nbytes if isinstance(tensor, NMTensor) else None,
+            packed_bytes=tensor.held_nbytes if isinstance(tensor, NMTensor) else None,
             engine=tensor.engine if isinstance(tensor, NMTensor) else None,
             choice=self.choice,
             reason=self.reason + self._unpacked(),
@@ -141,7 +148,10 @@ class _Plan:
 
 
 def _plan(
-    model: nn.Module, scheme: Scheme | Mapping[str, Pattern | str] | Pattern | str | None, engine: str | None
+    model: nn.Module,
+    scheme: Scheme | Mapping[str, Pattern | str] | Pattern | str | None,
+    engine: str | None,
+    keep: Keep,
 ) -> list[_Plan]:
     """One plan for each weight of two or more dims; those with a pattern come with the packed weight."""
     resolved = None if scheme is None else as_scheme(scheme, model)
@@ -168,7 +178,7 @@ def _plan(
         if any(reasons):
             plan.choose("dense", next(filter(None, reasons)))
             continue
-        plan.packed = _packed(weight, plan.pattern, engine)
+        plan.packed = _packed(weight, plan.pattern, engine, keep)
     return plans
 
 
@@ -181,11 +191,14 @@ def _detected(weight: Weight) -> tuple[Pattern | None, str]:
     return pattern, "holds none of the usual patterns"
 
 
-def _packed(weight: Weight, pattern: Pattern, engine: str | None) -> nn.Parameter:
+def _packed(weight: Weight, pattern: Pattern, engine: str | None, keep: Keep) -> nn.Parameter:
     assert weight.group_dim is not None
     try:
         packed = compress(weight.parameter.detach(), pattern, dim=weight.group_dim)
-        packed = packed if engine is None else packed.with_engine(engine)
+        chosen = engine_for(weight.module, packed) if engine is None else find_engine(engine)
+        alone: Keep = keep if chosen.restore is not None else "both"
+        if (chosen.name, alone) != (packed.engine, packed.keep):
+            packed = packed.with_engine(chosen.name, keep=alone)
     except ValueError as error:
         raise ValueError(f"{weight.name}: {error}") from None
     return nn.Parameter(packed, requires_grad=False)

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._atomic import atomic_write
+from ..engines import portable
 from ..errors import FormatError
 from ..pattern import Pattern
 from ..scheme import Scheme, as_scheme
-from ..tensor import NMTensor, compress
+from ..tensor import KEEPS, Keep, NMTensor, compress, inner_tensors
 from ..weights import canonical_name, prunable_weights
 from .detect import detect_pattern
 from .format import INDICES, VALUES, Contents, PackedEntry, parse_metadata
-from .support import why_not_packed
+from .support import engine_for, why_not_packed
 
 StrPath = str | os.PathLike[str]
 
@@ -101,7 +102,7 @@ def load_file(path: StrPath) -> dict[str, Tensor]:
         raise FormatError(f"{os.fspath(path)}: no valid safetensors file: {error}") from error
 
 
-def load_into(model: nn.Module, path: StrPath) -> nn.Module:
+def load_into(model: nn.Module, path: StrPath, *, keep: Keep | None = None) -> nn.Module:
     """Loads a file into a model of the same architecture.
 
     Afterwards the model holds what the file holds: weights that are packed there are packed (and frozen) in
@@ -112,6 +113,8 @@ def load_into(model: nn.Module, path: StrPath) -> nn.Module:
     Args:
         model: The model; changed in place.
         path: The file.
+        keep: ``"both"`` or ``"engine"``: what packed weights hold, see `NMTensor.keep`. ``None`` goes by the
+            weights that were in their places, and holds both where those were dense.
 
     Returns:
         ``model``.
@@ -122,6 +125,8 @@ def load_into(model: nn.Module, path: StrPath) -> nn.Module:
             is left as it was.
         OSError: If the file cannot be opened.
     """
+    if keep is not None and keep not in KEEPS:
+        raise ValueError(f"keep must be None or one of {KEEPS}, got {keep!r}")
     loaded = load_file(path)
     slots = _slots(model)
     problems = [f"the file has no {name}" for name in slots if name not in loaded]
@@ -148,7 +153,7 @@ def load_into(model: nn.Module, path: StrPath) -> nn.Module:
             new = loaded[name]
             if isinstance(new, NMTensor) and id(new) in dense_only:
                 new = new.to_dense()
-            done[key] = _filled(slot.tensor, new, slot.is_parameter)
+            done[key] = _filled(slot, new, keep)
         slot.put(done[key])
     return model
 
@@ -237,7 +242,8 @@ def _layout(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Contents]:
             first[key] = name
         if isinstance(tensor, NMTensor):
             contents.weights[name] = PackedEntry.of(tensor)
-            parts = {name + VALUES: tensor.values, name + INDICES: tensor.indices}
+            values, indices = portable(tensor)
+            parts = {name + VALUES: values, name + INDICES: indices}
         else:
             parts = {name: tensor}
         for part_name, part in parts.items():
@@ -253,7 +259,8 @@ def _layout(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Contents]:
 
 def _identity(tensor: Tensor) -> tuple | None:
     """Equal for two names of one tensor; ``None`` where there is no memory to tell by."""
-    part = tensor.values if isinstance(tensor, NMTensor) else tensor
+    # The inner tensor that is there in any case: values that are made when asked for have a new address.
+    part = inner_tensors(tensor)[0] if isinstance(tensor, NMTensor) else tensor
     if part.numel() == 0:
         return None
     layout = (tuple(part.shape), part.stride(), part.is_conj(), part.is_neg())
@@ -379,15 +386,19 @@ def _iter_slots(model: nn.Module) -> Iterator[tuple[str, _Slot]]:
 
 
 @torch.no_grad()
-def _filled(old: Tensor, new: Tensor, is_parameter: bool) -> Tensor:
-    """What takes the place of ``old``, with the contents of ``new``; a dense ``old`` itself if both are."""
+def _filled(slot: _Slot, new: Tensor, keep: Keep | None) -> Tensor:
+    """What takes the place of a tensor, with the contents of ``new``; if both are dense, that tensor."""
+    old = slot.tensor
     if not isinstance(new, NMTensor) and not isinstance(old, NMTensor) and not old.is_meta:
         return old.copy_(new)
     if not old.is_meta:
         new = new.to(device=old.device, dtype=old.dtype)
     if isinstance(new, NMTensor):
-        new = new.with_engine(None)  # the best one where it is now
-    if not is_parameter:
+        # The best one where it is now; held as the weight in its place was.
+        chosen = engine_for(slot.module, new)
+        alone = keep == "engine" if keep is not None else isinstance(old, NMTensor) and old.keep == "engine"
+        new = new.with_engine(chosen.name, keep="engine" if alone and chosen.restore is not None else "both")
+    if not slot.is_parameter:
         return new
     trainable = not isinstance(new, NMTensor) and old.requires_grad and new.is_floating_point()
     return nn.Parameter(new, requires_grad=trainable)

@@ -34,6 +34,7 @@ class WeightSummary:
         kept_macs: The same with the pattern.
         dense_bytes: Bytes of the dense weight.
         bytes: Bytes with the pattern, packed.
+        held_bytes: Bytes that it takes in memory now; of a packed weight with all that its engine keeps.
     """
 
     name: str
@@ -46,6 +47,7 @@ class WeightSummary:
     kept_macs: int | None
     dense_bytes: int
     bytes: int
+    held_bytes: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Summary(Sequence[WeightSummary]):
         return [asdict(row) for row in self.rows]
 
     def __str__(self) -> str:
-        numbers = ("params", "kept", "macs", "kept_macs", "dense_bytes", "bytes")
+        numbers = ("params", "kept", "macs", "kept_macs", "dense_bytes", "bytes", "held_bytes")
         body = [
             [row.name, "x".join(map(str, row.shape)), row.pattern or "dense"]
             + [number(getattr(row, column)) for column in numbers]
@@ -95,9 +97,10 @@ class Summary(Sequence[WeightSummary]):
             "kept MACs",
             "dense bytes",
             "bytes",
+            "held now",
             "why",
         ]
-        return table(head, body, words=(0, 1, 2, 9))
+        return table(head, body, words=(0, 1, 2, 10))
 
 
 def summary(
@@ -163,4 +166,7 @@ def _row(weight: Weight, pattern: Pattern | None, reason: str, macs: int | None)
         kept_macs = None if macs is None else macs * kept_of_k // k if k else 0
         nbytes = pattern.packed_bytes(shape, weight.group_dim, itemsize)
     text = None if pattern is None else str(pattern)
-    return WeightSummary(weight.name, shape, text, reason, params, kept, macs, kept_macs, dense_bytes, nbytes)
+    held = weight.parameter.held_nbytes if isinstance(weight.parameter, NMTensor) else dense_bytes
+    return WeightSummary(
+        weight.name, shape, text, reason, params, kept, macs, kept_macs, dense_bytes, nbytes, held
+    )

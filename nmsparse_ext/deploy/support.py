@@ -5,24 +5,22 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..conv_panels import why_unaligned
+from ..engines import ENGINES, Engine, best_engine
 from ..tensor import NMTensor
 
 
 def why_not_packed(module: nn.Module, weight: Tensor) -> str | None:
     """Returns why ``module`` cannot run with ``weight`` packed, or ``None`` if nothing is known against it.
 
-    Modules that call ``F.linear``, a convolution, ``mm`` or ``addmm`` with their weight can. A module of an
-    unknown
-    type is believed to: if it does something else, that raises and names the operation.
+    Modules that call ``F.linear``, a convolution or a matrix product with their weight can. A module of an
+    unknown type is believed to: if it does something else, that raises and names the operation.
     """
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "an embedding looks rows up, which packed weights cannot"
     if isinstance(module, nn.RNNBase):
         return f"the fused kernels of {type(module).__name__} take dense weights only"
-    # nn.modules.conv has no public name for what all convolutions have in common.
-    if weight.dim() > 2 and not isinstance(module, nn.modules.conv._ConvNd):
-        name = type(module).__name__
-        return f"{weight.dim()}-D weights of {name} are batched products, which have no packed engine"
+    if weight.dim() > 3 and not _is_conv(module):
+        return f"{weight.dim()}-D weights of {type(module).__name__} are no stack of matrices"
     return None
 
 
@@ -31,6 +29,22 @@ def why_unpacked(module: nn.Module, weight: Tensor) -> str | None:
 
     Besides the engine "decompress", which always does.
     """
-    if not isinstance(weight, NMTensor) or not isinstance(module, nn.modules.conv._ConvNd):
+    if not isinstance(weight, NMTensor) or not _is_conv(module):
         return None
     return None if weight.engine != "cpu-conv-panels" else why_unaligned(weight.shape[0], module.groups)
+
+
+def engine_for(module: nn.Module, weight: NMTensor) -> Engine:
+    """The engine for the products that ``module`` makes with its weight.
+
+    By its shape a stack of matrices ``[experts, in, out]`` could be the weight of a 1-D convolution, too.
+    """
+    if len(weight.rows) != 2 or _is_conv(module):
+        return best_engine(weight)
+    stacks = [engine for engine in ENGINES.values() if engine.matrix_engine or not engine.forms]
+    return next(engine for engine in stacks if engine.why_not(weight) is None)
+
+
+def _is_conv(module: nn.Module) -> bool:
+    # nn.modules.conv has no public name for what all convolutions have in common.
+    return isinstance(module, nn.modules.conv._ConvNd)
