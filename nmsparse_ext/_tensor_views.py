@@ -7,7 +7,7 @@ tensors, and their version counters, so that a write through any of them is seen
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,15 @@ from ._checks import WEIGHT_DTYPES
 from ._forms import SharedForms
 from ._tensor_checks import refuse_violation
 from .engines import ENGINES, Engine, best_engine, portable, unpack
-from .tensor import NMTensor, implements, unsupported
+from .tensor import FUNCTIONS, NMTensor, implements, unsupported
 
 aten = torch.ops.aten
+
+
+def _view_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+    """``out`` as the result of ``func`` below autograd; ``None`` stands for a call from above."""
+    return out if func is None else return_and_correct_aliasing(func, args, kwargs, out)
+
 
 # -------------------------------------------------------------------------------------- the same weight again
 
@@ -30,7 +36,7 @@ aten = torch.ops.aten
 def _alias(func: Any, weight: NMTensor) -> NMTensor:
     values = weight.packed_values
     cut = func is aten.detach.default and values is not None and values.requires_grad
-    return return_and_correct_aliasing(func, (weight,), {}, weight._map(func) if cut else same(weight))
+    return _view_of(func, (weight,), {}, weight._map(func) if cut else same(weight))
 
 
 def same(weight: NMTensor) -> NMTensor:
@@ -48,7 +54,7 @@ def _view(func: Any, weight: NMTensor, size: Sequence[int]) -> NMTensor:
     if sizes[len(batch) :] != shape[first:] or math.prod(batch) != math.prod(weight.batch):
         raise unsupported(func, f"from shape {list(shape)} to {list(size)}: only the same shape")
     view = weight.reshaped(weight.group_dim - first + len(batch), sizes, len(batch))
-    return return_and_correct_aliasing(func, (weight, size), {}, view)
+    return _view_of(func, (weight, size), {}, view)
 
 
 @implements(aten.expand.default)
@@ -60,7 +66,7 @@ def _expand(func: Any, weight: NMTensor, size: Sequence[int], **kwargs: Any) -> 
     expanded = weight.reshaped(
         weight.group_dim + len(batch), (*batch, *shape), len(batch) + len(weight.batch)
     )
-    return return_and_correct_aliasing(func, (weight, size), kwargs, expanded)
+    return _view_of(func, (weight, size), kwargs, expanded)
 
 
 @implements(aten.clone.default)
@@ -120,7 +126,7 @@ def _transposed_view(func: Any, weight: NMTensor, args: tuple, order: list[int])
         view = transpose(weight)
     else:
         raise unsupported(func, f"of shape {list(weight.dense_shape())}: only the two dims of a matrix")
-    return return_and_correct_aliasing(func, (weight, *args), {}, view)
+    return _view_of(func, (weight, *args), {}, view)
 
 
 def _is_matrices(weight: NMTensor) -> bool:
@@ -226,7 +232,7 @@ def _split(func: Any, weight: NMTensor, split_size: int, dim: int = 0) -> list[N
     size = weight.dense_shape()[dim]
     starts = range(0, size, split_size) if size else range(1)
     pieces = [_narrow(func, weight, dim, start, min(split_size, size - start)) for start in starts]
-    return return_and_correct_aliasing(func, (weight, split_size, dim), {}, pieces)
+    return _view_of(func, (weight, split_size, dim), {}, pieces)
 
 
 @implements(aten.split_with_sizes.default)
@@ -240,7 +246,7 @@ def _split_with_sizes(
     for length in split_sizes:
         pieces.append(_narrow(func, weight, dim, start, length))
         start += length
-    return return_and_correct_aliasing(func, (weight, split_sizes, dim), {}, pieces)
+    return _view_of(func, (weight, split_sizes, dim), {}, pieces)
 
 
 @implements(aten.slice.Tensor)
@@ -255,21 +261,19 @@ def _slice(
         piece = same(weight)
     else:
         piece = _narrow(func, weight, dim, start, max(end - start, 0))
-    return return_and_correct_aliasing(func, (weight, dim, start, end, step), {}, piece)
+    return _view_of(func, (weight, dim, start, end, step), {}, piece)
 
 
 @implements(aten.select.int)
 def _select(func: Any, weight: NMTensor, dim: int, index: int) -> NMTensor:
-    return return_and_correct_aliasing(
-        func, (weight, dim, index), {}, select(weight, _stack_index(func, weight, dim, index))
-    )
+    return _view_of(func, (weight, dim, index), {}, select(weight, _stack_index(func, weight, dim, index)))
 
 
 @implements(aten.unbind.int)
 def _unbind(func: Any, weight: NMTensor, dim: int = 0) -> list[NMTensor]:
     _stack_index(func, weight, dim, 0)
     pieces = [select(weight, index) for index in range(weight.dense_shape()[0])]
-    return return_and_correct_aliasing(func, (weight, dim), {}, pieces)
+    return _view_of(func, (weight, dim), {}, pieces)
 
 
 def _stack_index(func: Any, weight: NMTensor, dim: int, index: int) -> int:
@@ -279,8 +283,64 @@ def _stack_index(func: Any, weight: NMTensor, dim: int, index: int) -> int:
             func, f"of shape {list(shape)} along dim {dim}: only the first dim of a stack of matrices"
         )
     if not -shape[0] <= index < max(shape[0], 1):
-        raise IndexError(f"index {index} is out of range for the {shape[0]} matrices of the stack")
+        raise IndexError(f"index {index} is out of bounds for the {shape[0]} matrices of the stack")
     return index % max(shape[0], 1)
+
+
+# -------------------------------------------------------------------------------------------- above autograd
+# torch.export follows the inner tensors that a weight has when it is asked, not those of a piece made below
+# autograd: for its sake pieces are cut above.
+
+
+def _getitem(weight: Tensor, index: Any) -> Tensor:
+    if isinstance(index, Tensor) and index.dim() == 0 and isinstance(weight, NMTensor):
+        index = int(index)  # a gather is not what a packed weight can do
+    if torch.compiler.is_exporting() and isinstance(weight, NMTensor):
+        if isinstance(index, int):
+            return _select(None, weight, 0, index)
+        if isinstance(index, slice):
+            return _slice(None, weight, 0, index.start, index.stop, 1 if index.step is None else index.step)
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight[index]
+
+
+def _pieces(weight: NMTensor, size: int | Sequence[int], dim: int = 0) -> tuple[NMTensor, ...]:
+    cut = _split if isinstance(size, int) else _split_with_sizes
+    return tuple(cut(None, weight, size, dim))
+
+
+def _chunks(weight: NMTensor, chunks: int, dim: int = 0) -> tuple[NMTensor, ...]:
+    return _pieces(weight, -(-weight.dense_shape()[dim] // chunks), dim)
+
+
+def _when_exporting(function: Callable, cut: Callable) -> Callable:
+    def handler(weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            return cut(weight, *args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(weight, *args, **kwargs)
+
+    return handler
+
+
+FUNCTIONS[torch.Tensor.__getitem__] = _getitem
+for _function, _cut in (
+    (torch.split, _pieces),
+    (torch.Tensor.split, _pieces),
+    (torch.chunk, _chunks),
+    (torch.Tensor.chunk, _chunks),
+    (torch.unbind, lambda weight, dim=0: tuple(_unbind(None, weight, dim))),
+    (torch.Tensor.unbind, lambda weight, dim=0: tuple(_unbind(None, weight, dim))),
+    (torch.select, lambda weight, dim, index: _select(None, weight, dim, index)),
+    (torch.Tensor.select, lambda weight, dim, index: _select(None, weight, dim, index)),
+    (torch.t, lambda weight: _t(None, weight)),
+    (torch.Tensor.t, lambda weight: _t(None, weight)),
+    (torch.Tensor.T.__get__, lambda weight: _t(None, weight)),  # type: ignore[attr-defined]
+    (torch.Tensor.mT.__get__, lambda weight: _transpose(None, weight, -2, -1)),  # type: ignore[attr-defined]
+    (torch.transpose, lambda weight, dim0, dim1: _transpose(None, weight, dim0, dim1)),
+    (torch.Tensor.transpose, lambda weight, dim0, dim1: _transpose(None, weight, dim0, dim1)),
+):
+    FUNCTIONS[_function] = _when_exporting(_function, _cut)
 
 
 # ----------------------------------------------------------------------------------------------------- writes

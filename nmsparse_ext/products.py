@@ -233,13 +233,6 @@ def grouped_mm(
     return y if out_dtype is None else y.to(out_dtype)
 
 
-def _getitem(weight: Tensor, index: Any) -> Tensor:
-    if isinstance(weight, NMTensor) and isinstance(index, Tensor) and index.dim() == 0:
-        index = int(index)  # as an index tensor is meant; a gather is not what a packed weight can do
-    with torch._C.DisableTorchFunctionSubclass():
-        return weight[index]
-
-
 FUNCTIONS[F.linear] = _linear
 FUNCTIONS[torch.matmul] = FUNCTIONS[torch.Tensor.matmul] = _torch_matmul
 FUNCTIONS[torch.Tensor.__matmul__] = _torch_matmul
@@ -248,7 +241,6 @@ FUNCTIONS[torch.mm] = FUNCTIONS[torch.Tensor.mm] = _torch_mm
 FUNCTIONS[torch.bmm] = FUNCTIONS[torch.Tensor.bmm] = _torch_bmm
 FUNCTIONS[torch.addmm] = FUNCTIONS[torch.Tensor.addmm] = addmm
 FUNCTIONS[torch.baddbmm] = FUNCTIONS[torch.Tensor.baddbmm] = addmm
-FUNCTIONS[torch.Tensor.__getitem__] = _getitem
 for _owner, _name in ((torch, "_grouped_mm"), (F, "grouped_mm")):
     if hasattr(_owner, _name):  # newer than the oldest torch
         FUNCTIONS[getattr(_owner, _name)] = grouped_mm

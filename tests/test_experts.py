@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import nmsparse_ext as nms
 from nmsparse_ext._build import extension
+from nmsparse_ext.registry import register_module
 from nmsparse_ext.tensor import NMTensor
 
 ENGINES = ("decompress", *(("cpu-expert-panels",) if extension is not None else ()))
@@ -141,7 +142,7 @@ def test_refusals(engine: str) -> None:
         F.linear(x, weight)
     with pytest.raises(NotImplementedError, match=r"aten\.select"):
         weight[:, 0]
-    with pytest.raises(IndexError, match="out of range"):
+    with pytest.raises(IndexError, match="out of"):
         weight[3]
     with pytest.raises(NotImplementedError, match="aten"):
         weight[torch.tensor([0, 1])]
@@ -165,7 +166,7 @@ class Experts(nn.Module):
 
 
 def experts() -> tuple[Experts, Experts]:
-    nms.registry.register_module(Experts, {"up": 1, "down": 2})
+    register_module(Experts, {"up": 1, "down": 2})
     dense = Experts().requires_grad_(False)
     nms.nm_prune_(dense.up.data, "2:4", dim=1)
     nms.nm_prune_(dense.down.data, "2:4", dim=2)

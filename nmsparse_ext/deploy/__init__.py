@@ -6,7 +6,7 @@ packed models in safetensors files.
 
 from __future__ import annotations
 
-from .convert import convert
+from .convert import convert, ignore_in_ddp
 from .detect import USUAL_PATTERNS, detect_pattern
 from .files import load_file, load_into, save_file
 from .fold import fold_batch_norm
@@ -22,6 +22,7 @@ __all__ = [
     "convert",
     "detect_pattern",
     "fold_batch_norm",
+    "ignore_in_ddp",
     "load_file",
     "load_into",
     "report",

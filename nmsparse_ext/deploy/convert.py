@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,12 @@ from .detect import detect_pattern, has_nonzero
 from .example import ExampleInput, caller_of, run_example, tokens
 from .measure import alternate
 from .report import LayerReport, attach
-from .support import engine_for, why_not_packed, why_unpacked
+from .support import dtensor_type, engine_for, why_not_packed, why_unpacked
 
 POLICIES = ("auto", "always")
+
+#: What autocast can cast to.
+LOW_DTYPES = (torch.bfloat16, torch.float16)
 
 #: Packed must be this much faster before "auto" chooses it: less than this is the noise of a measurement.
 MIN_GAIN = 1.03
@@ -35,6 +39,7 @@ def convert(
     policy: str = "auto",
     engine: str | None = None,
     keep: Keep = "both",
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Packs the sparse weights of a model: each becomes a frozen ``nn.Parameter`` that holds an `NMTensor`.
 
@@ -59,6 +64,10 @@ def convert(
             the latter, so that the weights take n/m of their memory, plus indices; see `NMTensor.keep`.
             Weights whose engine has no form of its own, or one that the packed form cannot be made from
             again, hold the packed form in either case.
+        dtype: Dtype of the packed weights, for models that run under autocast to it; they are timed under it,
+            too. ``None`` keeps the weights' own. In eager mode autocast casts packed weights once, but a
+            compiled graph has no place where a cast weight could stay, and multiplies in the weight's own
+            dtype.
 
     Returns:
         ``model``.
@@ -76,7 +85,9 @@ def convert(
         raise ValueError(f"keep must be one of {KEEPS}, got {keep!r}")
     if engine is not None:
         find_engine(engine)
-    plans = _plan(model, scheme, engine, keep)
+    if dtype is not None and dtype not in LOW_DTYPES:
+        raise ValueError(f"dtype must be None or one of {', '.join(map(str, LOW_DTYPES))}, got {dtype}")
+    plans = _plan(model, scheme, _Target(engine, keep, dtype))
     candidates = [plan for plan in plans if plan.choice is None]
     if policy == "always":
         for plan in candidates:
@@ -93,13 +104,38 @@ def convert(
         for plan in candidates:
             plan.choose("packed", "not timed: no example_input")
     else:
-        _measure(model, candidates, example_input)
+        _measure(model, candidates, example_input, dtype)
     for plan in candidates:
         if plan.choice == "packed":
             for module, attr in plan.weight.places:
                 setattr(module, attr, plan.packed)
     attach(getattr(model, "_orig_mod", model), [plan.row() for plan in plans])
+    ignore_in_ddp(model)
     return model
+
+
+def ignore_in_ddp(model: nn.Module) -> None:
+    """Lets ``DistributedDataParallel(model)`` leave packed weights alone: it would broadcast dense ones.
+
+    They are frozen, so there is nothing to reduce; that they are equal everywhere is left to whoever converts
+    or loads them. `convert` calls this for the model it is given. Call it for a model that holds a converted
+    one as a part.
+    """
+    names = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, NMTensor) and name not in names:
+            names.append(name)
+    if names:
+        model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """What packed weights are to be; see `convert`."""
+
+    engine: str | None
+    keep: Keep
+    dtype: torch.dtype | None
 
 
 @dataclasses.dataclass(eq=False)
@@ -150,10 +186,10 @@ class _Plan:
 def _plan(
     model: nn.Module,
     scheme: Scheme | Mapping[str, Pattern | str] | Pattern | str | None,
-    engine: str | None,
-    keep: Keep,
+    target: _Target,
 ) -> list[_Plan]:
     """One plan for each weight of two or more dims; those with a pattern come with the packed weight."""
+    _refuse_shards(model)
     resolved = None if scheme is None else as_scheme(scheme, model)
     named = {} if resolved is None else resolved.resolve(model)
     plans = []
@@ -178,7 +214,7 @@ def _plan(
         if any(reasons):
             plan.choose("dense", next(filter(None, reasons)))
             continue
-        plan.packed = _packed(weight, plan.pattern, engine, keep)
+        plan.packed = _packed(weight, plan.pattern, target)
     return plans
 
 
@@ -191,12 +227,14 @@ def _detected(weight: Weight) -> tuple[Pattern | None, str]:
     return pattern, "holds none of the usual patterns"
 
 
-def _packed(weight: Weight, pattern: Pattern, engine: str | None, keep: Keep) -> nn.Parameter:
+def _packed(weight: Weight, pattern: Pattern, target: _Target) -> nn.Parameter:
     assert weight.group_dim is not None
     try:
         packed = compress(weight.parameter.detach(), pattern, dim=weight.group_dim)
-        chosen = engine_for(weight.module, packed) if engine is None else find_engine(engine)
-        alone: Keep = keep if chosen.restore is not None else "both"
+        if target.dtype is not None:
+            packed = cast(NMTensor, packed.to(target.dtype))
+        chosen = engine_for(weight.module, packed) if target.engine is None else find_engine(target.engine)
+        alone: Keep = target.keep if chosen.restore is not None else "both"
         if (chosen.name, alone) != (packed.engine, packed.keep):
             packed = packed.with_engine(chosen.name, keep=alone)
     except ValueError as error:
@@ -207,7 +245,18 @@ def _packed(weight: Weight, pattern: Pattern, engine: str | None, keep: Keep) ->
 # -------------------------------------------------------------------------------------------------- measuring
 
 
-def _measure(model: nn.Module, candidates: list[_Plan], example_input: ExampleInput) -> None:
+def _refuse_shards(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, dtensor_type()):
+            raise ValueError(
+                f"model must not be sharded, but {name} is a DTensor (FSDP2, tensor parallelism): convert "
+                "the whole model, from its gathered state dict"
+            )
+
+
+def _measure(
+    model: nn.Module, candidates: list[_Plan], example_input: ExampleInput, dtype: torch.dtype | None
+) -> None:
     """Runs the model once and lets every candidate be timed in place, on the arguments its module gets."""
     plans_of: dict[nn.Module, list[tuple[_Plan, nn.Module, str]]] = {}
     for plan in candidates:
@@ -232,7 +281,9 @@ def _measure(model: nn.Module, candidates: list[_Plan], example_input: ExampleIn
             plan.dense_seconds += dense
             plan.packed_seconds += packed
 
-    run_example(model, example_input, dict.fromkeys(plans_of, before_forward))
+    device = next((plan.weight.parameter.device.type for plan in candidates), "cpu")
+    with contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype):
+        run_example(model, example_input, dict.fromkeys(plans_of, before_forward))
     for plan in candidates:
         _decide(plan, failures.get(plan))
 

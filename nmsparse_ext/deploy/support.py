@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
+import torch
 from torch import Tensor, nn
 
 from ..conv_panels import why_unaligned
@@ -45,6 +48,15 @@ def engine_for(module: nn.Module, weight: NMTensor) -> Engine:
     return next(engine for engine in stacks if engine.why_not(weight) is None)
 
 
-def _is_conv(module: nn.Module) -> bool:
+def _is_conv(module: nn.Module) -> TypeGuard[nn.modules.conv._ConvNd]:
     # nn.modules.conv has no public name for what all convolutions have in common.
     return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def dtensor_type() -> type | tuple[()]:
+    """``DTensor``, or nothing at all where this torch has no distributed package."""
+    if not torch.distributed.is_available():
+        return ()
+    from torch.distributed.tensor import DTensor
+
+    return DTensor
