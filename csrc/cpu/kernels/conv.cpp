@@ -227,18 +227,17 @@ class ConvBlock {
       int64_t x = phase - shape_.padding[kLast];
       for (int64_t i = 0; i < lines.places; ++i, x += lines.phases) {
         x_rows_[i] = place(image, z, y, x);
-        fetch(x_rows_[i]);
+        if (x_rows_[i] != nullptr) fetch(x_rows_[i], p_.inputs * p_.element_size);
       }
       pack.packed = packed;
       p_.kernels->pack_rows(pack);
     }
   }
 
-  // Asks for the channels of a place: all of a line's at once come sooner than one after the other.
-  void fetch(const void* channels) const {
-    if (channels == nullptr) return;
-    const char* bytes = static_cast<const char*>(channels);
-    for (int64_t i = 0; i < p_.inputs * p_.element_size; i += kAlignment) __builtin_prefetch(bytes + i, 0, 2);
+  // Asks for memory: all of it at once comes sooner than one line after the other.
+  static void fetch(const void* memory, int64_t bytes) {
+    const char* first = static_cast<const char*>(memory);
+    for (int64_t i = 0; i < bytes; i += kAlignment) __builtin_prefetch(first + i, 0, 2);
   }
 
   // Whether some tap looks at places that lie `phase` behind multiples of the stride.
@@ -255,6 +254,7 @@ class ConvBlock {
       for (int d = 0; d < kMaxConvDims; ++d) at[row][d] = pixel.at[d] * shape_.stride[d] - shape_.padding[d];
       image[row] = pixel.image;
     }
+    if (shape_.taps() == 1) fetch_pixels(pixel, tile.tile_rows, step, last);
     const int64_t steps_of_tap = tap_steps(p_), step_size = tile.tile_rows * step_bytes(p_);
     std::fill_n(x_rows_, tile.tile_rows, nullptr);
     for (int64_t from = step; from < last;) {
@@ -272,6 +272,19 @@ class ConvBlock {
       from = to;
     }
     for (int64_t i = 0; i < last - step; ++i) x_steps_[i] = static_cast<int32_t>(i * step_size);
+  }
+
+  // What the next tile will pack of its pixels: only where each is read once.
+  void fetch_pixels(Pixel pixel, int count, int64_t step, int64_t last) const {
+    const int64_t inputs = layout_.step_inputs(), end = std::min(last * inputs, p_.inputs);
+    for (int i = 0; i < count && pixel.image < shape_.batch; ++i, pixel.next(shape_)) {
+      int64_t at[kMaxConvDims];
+      for (int d = 0; d < kMaxConvDims; ++d) at[d] = pixel.at[d] * shape_.stride[d] - shape_.padding[d];
+      const void* channels = place(pixel.image, at[0], at[1], at[kLast]);
+      if (channels == nullptr) continue;
+      fetch(static_cast<const uint8_t*>(channels) + step * inputs * p_.element_size,
+            (end - step * inputs) * p_.element_size);
+    }
   }
 
   PackRows pack_rows(int rows, int64_t first_step, int64_t last_step) const {
@@ -303,6 +316,8 @@ class ConvBlock {
                             slot * layout_.slot_values() * p_.element_size;
     const uint32_t* indices = p_.indices + first_panel_ * t.indices_panel + layout_.word_of(slot) * kPanelRows;
     const int64_t stretch = t.steps * layout_.slots * layout_.slot_values() * p_.element_size;  // bytes of a panel
+    const int64_t index_bytes = (layout_.word_of(slot + t.steps * layout_.slots) - layout_.word_of(slot)) * kPanelRows *
+                                static_cast<int64_t>(sizeof(uint32_t));
     const int64_t panel_sums = tile.tile_rows * kPanelRows * sum_size(p_);
     for (int64_t panel = 0; panel < panels_;) {
       const LinearTileKernel kernel = p_.tile(layout_, tile.tile_rows, panels_ - panel);
@@ -310,6 +325,7 @@ class ConvBlock {
       t.indices = indices + panel * t.indices_panel;
       t.sums = tile.sums + panel * panel_sums;
       panel += kernel.panels;
+      if (panel < panels_) fetch(indices + panel * t.indices_panel, index_bytes);
       // Long stretches are fetched shortly before their use, short ones one ahead.
       t.early = stretch >= 4 * kEarlyBytes ? static_cast<const uint8_t*>(t.values) + kEarlyBytes
                 : panel < panels_          ? values + panel * t.values_panel
@@ -352,7 +368,7 @@ class ConvBlock {
 
 // ---- Sizes ----
 
-constexpr int64_t kLineBytes = 320 << 10;  // packed lines of a block
+constexpr int64_t kLineBytes = 640 << 10;  // packed lines of a block
 constexpr int64_t kSumBytes = 320 << 10;
 constexpr int64_t kXBytes = 20 << 10;  // of a tile, for all panels
 
@@ -361,8 +377,9 @@ int64_t even_blocks(int64_t blocks, int64_t threads) {
   return blocks < 4 * threads ? ceil_div(blocks, threads) * threads : blocks;
 }
 
-int64_t even_pixels(int64_t pixels, int64_t tile_rows, int64_t blocks, int64_t threads) {
-  return std::min(even_blocks(blocks, threads), ceil_div(pixels, tile_rows));
+// Few pixels are not divided among threads: then each reads some of the weights rather than all.
+bool divides_panels(const ConvProblem& p, int64_t blocks, int64_t threads) {
+  return blocks < threads && group_panels(p) >= 4 * threads;
 }
 
 int64_t panels_for(const ConvProblem& p, int64_t blocks, int64_t threads) {
@@ -415,7 +432,8 @@ void choose_conv_blocks(ConvProblem& p, int64_t threads) {
   const TileSplit all(p, shape.pixels());
   const int64_t tile_rows = p.by_lines ? line.rows(0) : all.rows(0);
   if (p.by_lines) {
-    const int64_t blocks = even_blocks(planes(p) * ceil_div(shape.out[1], lines), threads);
+    const int64_t needed = planes(p) * ceil_div(shape.out[1], lines);
+    const int64_t blocks = divides_panels(p, needed, threads) ? needed : even_blocks(needed, threads);
     const int64_t in_plane = std::min(ceil_div(blocks, planes(p)), shape.out[1]);
     p.block_pixels = ceil_div(shape.out[1], in_plane) * shape.out[kLast];
     p.block_panels = panels_for(p, planes(p) * ceil_div(shape.out[1], block_lines(p)), threads);
@@ -423,10 +441,10 @@ void choose_conv_blocks(ConvProblem& p, int64_t threads) {
     const int64_t sums = std::max<int64_t>(1, group_panels(p)) * kPanelRows * sum_size(p);
     const int64_t fitting = std::max<int64_t>(1, kSumBytes / (sums * tile_rows)) * tile_rows;
     const int64_t pixels = shape.pixels();
-    // Few pixels are not divided: then every thread reads some of the weights rather than all.
     const int64_t needed = ceil_div(pixels, fitting);
-    const int64_t blocks =
-        needed == 1 && group_panels(p) >= 4 * threads ? 1 : even_pixels(pixels, tile_rows, needed, threads);
+    const int64_t blocks = divides_panels(p, needed, threads)
+                               ? needed
+                               : std::min(even_blocks(needed, threads), ceil_div(pixels, tile_rows));
     p.block_pixels = ceil_div(pixels, blocks);
     p.block_panels = panels_for(p, ceil_div(pixels, p.block_pixels), threads);
   }
