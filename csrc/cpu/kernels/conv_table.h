@@ -6,8 +6,7 @@
 template <class Format>
 LinearTileKernel find_conv_tile(const PanelLayout& layout, int tile_rows, int64_t panels) {
   if (tile_rows > max_tile_rows<Format>(layout)) return {nullptr, 0};
-  // No fewer: those take several sums each, in another order than tiles of more rows, and which tile a pixel belongs to
-  // depends on the number of threads.
+  // No fewer: a single row's sums would wait for each other.
   if (tile_rows == 4) return pattern_kernel<Format, 4, true>(layout, panels);
   if constexpr (Format::kMaxRows >= 8) {
     if (tile_rows == 7) return pattern_kernel<Format, 7, true>(layout, panels);
