@@ -31,6 +31,7 @@ struct Sums512 {
   static constexpr int kMaxRows = 16;      // of a tile: as many sums as fit into 32 registers beside a group of slots
   static constexpr int kSharedPanels = 2;  // at most, and then
   static constexpr int kMaxSharedRows = 8;
+  static constexpr int kBusySums = 8;
 
   using Vec = __m512;
 

@@ -39,9 +39,10 @@ struct Tile {
 
   // Slots whose values and indices are held at once: x is read once for all of them.
   static constexpr int kGroup = kSlots < Format::kSlotGroup ? kSlots : Format::kSlotGroup;
-  // A sum must wait for its previous addition; few rows need several sums each to keep the multipliers busy. But placed
-  // steps are for tiles of several sizes, and an output must not depend on which it belongs to.
-  static constexpr int kChains = kPlaced || kRows * kPanels >= 8 ? 1 : 8 / (kRows * kPanels);
+  // A sum must wait for its previous addition; few rows need several sums each to keep the multipliers busy. Their
+  // number must not depend on kPanels: which panels go together follows from the number of threads, the results may
+  // not. And placed steps are for tiles of several sizes, where an output must not depend on which it belongs to.
+  static constexpr int kChains = kPlaced || kRows >= Format::kBusySums ? 1 : Format::kBusySums / kRows;
   static constexpr int kStepValueBytes = kSlots * Format::kValueBytes;
   static constexpr bool kPrefetches = kRows > 1;  // a single row waits for nothing but the value stream
 
