@@ -93,7 +93,7 @@ struct StepTile {
   using WeightBits = BitsOf<W>;
   using GradBits = BitsOf<G>;
   using Select = SelectStaged<W, M>;
-  static constexpr int kMinBlocks = Select::kMinBlocks < 4 ? Select::kMinBlocks : 4;
+  static constexpr int kMinBlocks = Select::kMinBlocks < 3 ? Select::kMinBlocks : 3;  // nothing spills
   static constexpr int kPerChunk = kChunkElements<WeightBits>;
   static constexpr int kMaskBytes = kTileBytes / static_cast<int>(sizeof(WeightBits)) / 8 + 64;
 
