@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import FormatError
+from .int8 import int8_linear
 from .ops import find_violation, nm_mask, nm_prune, nm_prune_, sad, transposable_mask
 from .pattern import Pattern
 from .products import linear
@@ -40,6 +41,7 @@ __all__ = [
     "convert",
     "find_violation",
     "fold_batch_norm",
+    "int8_linear",
     "linear",
     "load_file",
     "load_into",

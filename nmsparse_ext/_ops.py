@@ -63,6 +63,7 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
     "panel_unpack": (),
     "panel_linear": (),
     "panel_conv": (),
+    "panel_linear_int8": (),
 }
 
 
@@ -347,6 +348,26 @@ def _fake_panel_conv(
     return x.new_empty((x.shape[0], *conv_checks.output_sizes(x.shape[1:-1], *geometry), rows))
 
 
+@_fake
+def _fake_panel_linear_int8(
+    x: Tensor,
+    value_panels: Tensor,
+    index_panels: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    rows: int,
+    k: int,
+    activation: str,
+) -> Tensor:
+    panel_checks.check_panel_linear_int8(
+        x, value_panels, index_panels, scales, sums, bias, n, m, rows, k, activation
+    )
+    return x.new_empty((*x.shape[:-1], rows))
+
+
 # --------------------------------------------------------------------------------------------------- autograd
 # A mask is a constant to autograd: gradients pass where weights are kept.
 
@@ -479,6 +500,31 @@ def _grad_conv_input(
     return grad_x.movedim(1, -1)
 
 
+def _save_panel_linear_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, value_panels, index_panels, scales, sums, bias, *layout, activation = inputs
+    ctx.layout, ctx.activation = layout, activation
+    again = (x, sums, bias) if activation != "none" else (None, None, None)
+    ctx.save_for_backward(value_panels, index_panels, scales, *again)
+
+
+def _grad_panel_linear_int8(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and bias, as if x were not rounded (the slope of rounding is 0 nearly everywhere)."""
+    value_panels, index_panels, scales, x, sums, bias = ctx.saved_tensors
+    if ctx.activation != "none":
+        before = torch.ops.nmsparse.panel_linear_int8(
+            x, value_panels, index_panels, scales, sums, bias, *ctx.layout, "none"
+        )
+        grad = grad * _slope(ctx.activation, before)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.nmsparse.panel_unpack(value_panels, index_panels, *ctx.layout)
+        scaled = weight.float() * scales.flatten()[: weight.shape[0]].unsqueeze(-1)
+        grad_x = grad @ scaled.to(grad.dtype)
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+    return grad_x, None, None, None, None, grad_bias, None, None, None, None, None
+
+
 def _slope(activation: str, x: Tensor) -> Tensor:
     """The derivative of an activation at ``x``."""
     if activation == "relu":
@@ -493,6 +539,7 @@ def _slope(activation: str, x: Tensor) -> Tensor:
 for _name, _backward, _setup in (
     ("panel_linear", _grad_panel_linear, _save_panel_linear),
     ("panel_conv", _grad_panel_conv, _save_panel_conv),
+    ("panel_linear_int8", _grad_panel_linear_int8, _save_panel_linear_int8),
     ("prune", _grad_prune, _save_prune),
     ("apply_bits", _grad_apply_bits, _save_apply_bits),
     ("compress", _grad_compress, _save_compress),

@@ -16,7 +16,11 @@ from ._checks import ceil_div
 PANEL_ROWS = 16
 WINDOW_INPUTS = 16  # room of a window
 MAX_PANEL_M = 16
-PANEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_INT8_KEPT = 1 << 17  # of a row, for sums of int8 products to fit into 32 bits
+PRODUCT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PANEL_DTYPES = (*PRODUCT_DTYPES, torch.int8)  # products of int8 have an op of their own
+INT8_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WINDOWS_OF_STEP = {torch.bfloat16: 2, torch.int8: 4}
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
 
@@ -27,7 +31,7 @@ class PanelLayout:
     Attributes:
         n: Kept of every group.
         m: Size of a group.
-        halves: Windows in a step: 2 for bfloat16.
+        halves: Windows in a step: 2 for bfloat16, 4 for int8.
         window: Inputs that a window covers.
         slots: Kept weights of one row in a window.
         index_bits: Width of an index field: 2 for the place in the group, 4 for the place in the window.
@@ -49,7 +53,7 @@ class PanelLayout:
     @staticmethod
     def of(n: int, m: int, k: int, dtype: torch.dtype) -> PanelLayout:
         """The layout of weights of ``dtype``."""
-        halves = 2 if dtype == torch.bfloat16 else 1
+        halves = _WINDOWS_OF_STEP.get(dtype, 1)
         window = WINDOW_INPUTS // m * m
         slots = window // m * n
         index_bits = 2 if m in (1, 2, 4) and 2 * n <= m else 4
@@ -126,6 +130,10 @@ def check_panel_linear(
 ) -> None:
     check_panels(value_panels, index_panels, n, m, rows, k)
     torch._check(
+        value_panels.dtype in PRODUCT_DTYPES,
+        lambda: f"value_panels must be one of {PRODUCT_DTYPES}, got {value_panels.dtype}",
+    )
+    torch._check(
         x.dim() >= 1 and x.shape[-1] == k,
         lambda: f"the last size of x must be k = {k}, got shape {list(x.shape)}",
     )
@@ -153,3 +161,49 @@ def check_activation(activation: str) -> None:
         activation in ACTIVATIONS,
         lambda: f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}",
     )
+
+
+def check_panel_linear_int8(
+    x: Tensor,
+    value_panels: Tensor,
+    index_panels: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    rows: int,
+    k: int,
+    activation: str,
+) -> None:
+    torch._check(
+        value_panels.dtype == torch.int8, lambda: f"value_panels must be int8, got {value_panels.dtype}"
+    )
+    check_panels(value_panels, index_panels, n, m, rows, k)
+    shape = [ceil_div(rows, PANEL_ROWS), PANEL_ROWS]
+    for name, tensor, dtype in (("scales", scales, torch.float32), ("sums", sums, torch.int32)):
+        torch._check(
+            tensor.dtype == dtype
+            and tensor.dim() == 2
+            and all(a == b for a, b in zip(tensor.shape, shape, strict=True)),
+            lambda name=name, tensor=tensor, dtype=dtype: (
+                f"{name} must be {shape} of {dtype}, got {list(tensor.shape)} of {tensor.dtype}"
+            ),
+        )
+        checks.check_contiguous(tensor, name)
+        checks.check_same_device(tensor, name, value_panels, "value_panels")
+    torch._check(
+        ceil_div(k, m) * n <= MAX_INT8_KEPT,
+        lambda: f"rows must keep at most {MAX_INT8_KEPT} weights for sums in 32 bits, got k = {k} in {n}:{m}",
+    )
+    torch._check(
+        x.dtype in INT8_INPUT_DTYPES,
+        lambda: f"x must be one of {', '.join(map(str, INT8_INPUT_DTYPES))}, got {x.dtype}",
+    )
+    torch._check(
+        x.dim() >= 1 and x.shape[-1] == k,
+        lambda: f"the last size of x must be k = {k}, got shape {list(x.shape)}",
+    )
+    checks.check_same_device(x, "x", value_panels, "value_panels")
+    check_product_operands(x, x, bias, rows)
+    check_activation(activation)

@@ -226,4 +226,4 @@ register_engine(
 )
 
 # At the end, because they register themselves in the table above.
-from . import engines_conv, engines_cpu  # noqa: E402, F401
+from . import engines_conv, engines_cpu, engines_int8  # noqa: E402, F401

@@ -359,8 +359,8 @@ def panel_pack(values: Tensor, indices: Tensor, n: int, m: int, k: int) -> tuple
     """The panel form of a packed weight ``[rows, k]``: values and index words; see ``core/panel_layout.h``.
 
     Returns:
-        ``value_panels [panels, steps, slots, 16]`` (bfloat16: ``[..., 16, 2]``) and ``index_panels int32
-        [panels, words, 16]``.
+        ``value_panels [panels, steps, slots, 16]`` (bfloat16: ``[..., 16, 2]``, int8: ``[..., 16, 4]``) and
+        ``index_panels int32 [panels, words, 16]``.
     """
     panel_checks.check_panel_pack(values, indices, n, m, k)
     layout = PanelLayout.of(n, m, k, values.dtype)
@@ -503,6 +503,58 @@ def panel_conv(
     if activation != "none":
         y = getattr(F, activation)(y)
     return y.movedim(1, -1).to(x.dtype).contiguous()
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds rows to int8, symmetric, with one scale each; see ``core/quantize.h``. No op of its own.
+
+    Returns:
+        The integers, of ``x``'s shape, and the scales, float32 ``[..., 1]``: ``amax / 127``; 0, with integers
+        0, for rows below ``2**-100``; NaN, with integers 0, for rows that hold a NaN or an infinity.
+    """
+    x = x.float()
+    amax = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    finite, zero = amax.isfinite(), amax < 2.0**-100  # amax of a NaN is NaN
+    # A number divided by a tensor is the number times a rounded reciprocal: not what is wanted here.
+    inverse = torch.where(finite & ~zero, torch.full_like(amax, 127.0) / amax, 0.0)
+    integers = torch.where(inverse != 0, (x * inverse).round(), 0.0).to(torch.int8)
+    scale = torch.where(zero, 0.0, amax / 127.0)
+    return integers, torch.where(finite, scale, torch.nan)
+
+
+def panel_linear_int8(
+    x: Tensor,
+    value_panels: Tensor,
+    index_panels: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    rows: int,
+    k: int,
+    activation: str,
+) -> Tensor:
+    """``activation(x @ (W * scales).T + bias)`` with int8 ``W [rows, k]`` in panel form, in integers.
+
+    Rows of ``x`` are rounded to int8 (``quantize_rows``), products are summed exactly, and each sum becomes
+    ``float32(sum) * (scale of x * scale of W)``, plus bias, activated, rounded once to ``x``'s dtype.
+
+    ``scales`` float32 ``[panels, 16]`` are the scales of the weight's rows, ``sums`` int32 ``[panels, 16]``
+    the sums of their values, which some processors need.
+    """
+    panel_checks.check_panel_linear_int8(
+        x, value_panels, index_panels, scales, sums, bias, n, m, rows, k, activation
+    )
+    integers, x_scale = quantize_rows(x)
+    weight = panel_unpack(value_panels, index_panels, n, m, rows, k)
+    exact = F.linear(integers.double(), weight.double())  # integers below 2^53
+    y = exact.float() * (x_scale * scales.flatten()[:rows])
+    if bias is not None:
+        y = y + bias.float()
+    if activation != "none":
+        y = getattr(F, activation)(y)
+    return y.to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------- 4x4 transposable

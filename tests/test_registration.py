@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import DTYPES
 from samples import assert_same_bits, content, lay_out
 from torch import Tensor
@@ -199,6 +200,11 @@ def panel_calls() -> dict[str, list[tuple[Any, ...]]]:
             (2, 4, 0, 8, torch.float32),
         )
     ]
+    int8 = [
+        (*reference.compress(content((rows, k), torch.int8, "ties", k), n, m, 1, True), n, m, rows, k)
+        for n, m, rows, k in ((2, 4, 20, 80), (1, 16, 5, 33), (3, 5, 0, 8))
+    ]
+    packed += int8
     panels = [
         (*reference.panel_pack(values, indices, n, m, k), n, m, rows, k)
         for values, indices, n, m, rows, k in packed
@@ -221,10 +227,28 @@ def panel_calls() -> dict[str, list[tuple[Any, ...]]]:
                 activation,
             )
             for values, indices, n, m, rows, k in panels
+            if values.dtype != torch.int8
             for bias in (torch.randint(-4, 5, (rows,)),)
             for grad, activation in ((True, "none"), (False, "relu"))
         ],
         "panel_conv": list(conv_calls()),
+        "panel_linear_int8": [
+            (
+                torch.randn(2, 3, k).to(dtype).requires_grad_(grad),
+                *reference.panel_pack(values, indices, n, m, k),
+                torch.rand(-(-rows // 16), 16),
+                F.pad(values.sum(1, dtype=torch.int32), (0, -rows % 16)).view(-1, 16),
+                torch.randn(rows).to(dtype).requires_grad_() if grad else None,
+                n,
+                m,
+                rows,
+                k,
+                activation,
+            )
+            for values, indices, n, m, rows, k in int8
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+            for grad, activation in ((True, "none"), (False, "relu"))
+        ],
     }
 
 

@@ -37,7 +37,7 @@ NMS_HD int64_t conv_output_size(int64_t in, int64_t kernel, int64_t stride, int6
 // filling.
 NMS_HD int64_t tap_inputs(int n, int m, int64_t inputs, int64_t taps, bool paired) {
   if (taps == 1) return inputs;
-  const int64_t step = panel_layout(n, m, 0, paired).step_inputs();
+  const int64_t step = panel_layout(n, m, 0, paired ? DType::kBFloat16 : DType::kFloat32).step_inputs();
   int64_t unit = step;
   while (unit / m * packed_format(n, m).group_bits % 8 != 0) unit += step;
   return (inputs + unit - 1) / unit * unit;

@@ -4,22 +4,31 @@
 //         16 inputs (16 of them wherever m divides 16). A window holds, per lane, `slots` kept weights; slot s of every
 //         lane stands side by side in one vector, so one multiply-add does slot s of 16 rows. Which of the window's
 //         inputs a lane wants is a field of 2 or 4 bits: a vector permutation of the window looks all 16 up at once.
-//         A step is what one index vector speaks of: one window, or two for bfloat16, whose dot-product instructions
-//         take two products a lane.
+//         A step is what one index vector speaks of: one window, or as many as a lane takes products at once: two of
+//         bfloat16, four of int8.
 //
 //           values   [panels, steps, slots, 16]      bfloat16: [panels, steps, slots, 16, 2], the last is the window
+//                                                    int8:     [panels, steps, slots, 16, 4]
 //           indices  uint32 [panels, words, 16]      a lane's fields in slot order, low bits first
 //
 //         Fields of 2 bits (1:2, 2:4, 1:4) count within the group, whose place in the window follows from the slot;
-//         fields of 4 bits count within the window. For bfloat16 the low half of a word is the first window's, the
-//         high half the second's. What is missing (rows of the last panel, groups behind k, steps that fill up the
-//         last word) has value 0 and field 0.
+//         fields of 4 bits count within the window. A word is cut into as many equal parts as a step has windows, low
+//         bits first. Slot s of an int8 step, with 4-bit fields, one lane:
+//
+//           inputs of the step      |    window 0    |    window 1    |    window 2    |    window 3    |   64 bytes
+//                                          ^ place           ^ place        ^ place         ^ place
+//           values of the lane             w0                w1             w2              w3              4 bytes
+//           word of the lane        [field s % 2 of two] in byte 0, 1, 2 and 3                             32 bits
+//
+//         What is missing (rows of the last panel, groups behind k, steps that fill up the last word) has value 0 and
+//         field 0.
 //
 // The form is the same for every instruction set, and inputs are packed to match it: [steps, batch, 16 per window].
 #pragma once
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "hd.h"
 
 namespace nms {
@@ -30,7 +39,7 @@ constexpr int kMaxPanelM = 16;     // larger groups do not fit into a window
 
 struct PanelLayout {
   int n, m;
-  int halves;      // windows in a step
+  int halves;      // windows in a step: halves of a word, or quarters for int8
   int window;      // inputs that a window covers: whole groups
   int slots;       // kept weights of one row in a window
   int index_bits;  // 2: place in the group, 4: place in the window
@@ -64,12 +73,14 @@ struct PanelLayout {
 
 NMS_HD int64_t panel_count(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
-// 1 <= n <= m <= kMaxPanelM. `paired`: two windows a step, as for bfloat16.
-NMS_HD PanelLayout panel_layout(int n, int m, int64_t k, bool paired) {
+NMS_HD int windows_of_step(DType dtype) { return dtype == DType::kInt8 ? 4 : dtype == DType::kBFloat16 ? 2 : 1; }
+
+// 1 <= n <= m <= kMaxPanelM.
+NMS_HD PanelLayout panel_layout(int n, int m, int64_t k, DType dtype /* of the values */) {
   PanelLayout layout;
   layout.n = n;
   layout.m = m;
-  layout.halves = paired ? 2 : 1;
+  layout.halves = windows_of_step(dtype);
   layout.window = kWindowInputs / m * m;
   layout.slots = layout.window / m * n;
   layout.index_bits = m <= 4 && m != 3 && 2 * n <= m ? 2 : 4;

@@ -8,6 +8,7 @@
 #include "kernels/linear.h"
 #include "kernels/linear_pack.h"
 #include "panel_arguments.h"
+#include "panel_product.h"
 #include "workspace.h"
 
 namespace nms {
@@ -31,7 +32,7 @@ std::tuple<Tensor, Tensor> panel_pack_cpu(const Tensor& values, const Tensor& in
                                           int64_t k) {
   check_panel_pattern(n, m);
   NMS_CHECK(k >= 0, "k must not be negative, got ", k);
-  panel_dtype_of(values, "values");
+  check_panel_values(values, "values");
   const int64_t groups = ceil_div(k, m);
   const PackedFormat format = packed_format(static_cast<int>(n), static_cast<int>(m));
   NMS_CHECK(values.dim() == 2 && values.is_contiguous() && values.size(1) == groups * n,
@@ -43,10 +44,8 @@ std::tuple<Tensor, Tensor> panel_pack_cpu(const Tensor& values, const Tensor& in
   check_same_device(values, indices, "values and indices");
 
   const PanelLayout layout = layout_of(values, n, m, k);
-  Tensor value_panels = new_empty(values, value_sizes(layout, rows), values.scalar_type());
-  Tensor index_panels = new_empty(values, index_sizes(layout, rows), ScalarType::Int);
-  prefer_huge_pages(value_panels);
-  prefer_huge_pages(index_panels);
+  Tensor value_panels = new_weight(values, value_sizes(layout, rows), values.scalar_type());
+  Tensor index_panels = new_weight(values, index_sizes(layout, rows), ScalarType::Int);
   const PanelForm form = form_of(value_panels, index_panels, n, m, rows, k);
   const int64_t grain = ceil_div(kThreadWork, std::max<int64_t>(1, layout.panel_values()));
   torch::stable::parallel_for(0, panel_count(rows), grain, [&](int64_t begin, int64_t end) {
@@ -57,7 +56,7 @@ std::tuple<Tensor, Tensor> panel_pack_cpu(const Tensor& values, const Tensor& in
 
 std::tuple<Tensor, Tensor> panel_restore_cpu(const Tensor& value_panels, const Tensor& index_panels, int64_t n,
                                              int64_t m, int64_t rows, int64_t k) {
-  check_panels(value_panels, index_panels, n, m, rows, k);
+  check_panel_shapes(value_panels, index_panels, n, m, rows, k);
   const int64_t groups = ceil_div(k, m);
   const PackedFormat format = packed_format(static_cast<int>(n), static_cast<int>(m));
   Tensor values = new_empty(value_panels, {rows, groups * n}, value_panels.scalar_type());
@@ -72,7 +71,7 @@ std::tuple<Tensor, Tensor> panel_restore_cpu(const Tensor& value_panels, const T
 
 Tensor panel_unpack_cpu(const Tensor& value_panels, const Tensor& index_panels, int64_t n, int64_t m, int64_t rows,
                         int64_t k) {
-  check_panels(value_panels, index_panels, n, m, rows, k);
+  check_panel_shapes(value_panels, index_panels, n, m, rows, k);
   Tensor dense = new_empty(value_panels, {rows, k}, value_panels.scalar_type());
   prefer_huge_pages(dense);
   const PanelForm form = form_of(value_panels, index_panels, n, m, rows, k);
@@ -84,26 +83,6 @@ Tensor panel_unpack_cpu(const Tensor& value_panels, const Tensor& index_panels, 
 }
 
 // ---- panel_linear ----
-
-// x [..., k] as rows one stride apart.
-struct InputRows {
-  Tensor x;
-  int64_t row = 0, k = 1;  // strides in elements
-};
-
-InputRows input_rows(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  InputRows rows{x, last > 0 ? x.stride(last - 1) : 0, x.stride(last)};
-  for (int64_t d = last - 1; d > 0; --d) {
-    if (x.stride(d - 1) != x.stride(d) * x.size(d) && x.size(d - 1) != 1) {
-      rows.x = torch::stable::contiguous(x);
-      rows.row = x.size(last);
-      rows.k = 1;
-      break;
-    }
-  }
-  return rows;
-}
 
 Tensor panel_linear_cpu(const Tensor& x, const Tensor& value_panels, const Tensor& index_panels,
                         std::optional<Tensor> bias, int64_t n, int64_t m, int64_t rows, int64_t k,
@@ -137,14 +116,7 @@ Tensor panel_linear_cpu(const Tensor& x, const Tensor& value_panels, const Tenso
   problem.activation = activation_of(activation);
   choose_blocks(problem, torch::stable::get_num_threads());
 
-  const int64_t blocks = block_count(problem);
-  const int64_t work = problem.panels * problem.layout.steps * problem.layout.slots * problem.batch;
-  const int64_t grain = std::max<int64_t>(1, kThreadWork * blocks / std::max<int64_t>(1, work));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    thread_local Workspace workspace;
-    multiply_blocks(problem, begin, end, workspace.get(block_memory(problem)));
-    workspace.release_large();
-  });
+  multiply_in_parallel(problem);
   return y;
 }
 

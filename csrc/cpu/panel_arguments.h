@@ -30,7 +30,7 @@ inline DType panel_dtype_of(const Tensor& t, const char* name) {
 }
 
 inline PanelLayout layout_of(const Tensor& values, int64_t n, int64_t m, int64_t k) {
-  return panel_layout(static_cast<int>(n), static_cast<int>(m), k, values.scalar_type() == ScalarType::BFloat16);
+  return panel_layout(static_cast<int>(n), static_cast<int>(m), k, dtype_of(values, "values"));
 }
 
 inline std::vector<int64_t> value_sizes(const PanelLayout& layout, int64_t rows) {
@@ -43,11 +43,16 @@ inline std::vector<int64_t> index_sizes(const PanelLayout& layout, int64_t rows)
   return {panel_count(rows), layout.words, kPanelRows};
 }
 
-inline void check_panels(const Tensor& value_panels, const Tensor& index_panels, int64_t n, int64_t m, int64_t rows,
-                         int64_t k) {
+// What there are panels of; products of int8 have an op of their own (panel_linear_int8).
+inline void check_panel_values(const Tensor& values, const char* name) {
+  if (values.scalar_type() != ScalarType::Char) panel_dtype_of(values, name);
+}
+
+inline void check_panel_shapes(const Tensor& value_panels, const Tensor& index_panels, int64_t n, int64_t m,
+                               int64_t rows, int64_t k) {
   check_panel_pattern(n, m);
   NMS_CHECK(rows >= 0 && k >= 0, "rows and k must not be negative, got ", rows, " and ", k);
-  panel_dtype_of(value_panels, "value_panels");
+  check_panel_values(value_panels, "value_panels");
   const PanelLayout layout = layout_of(value_panels, n, m, k);
   NMS_CHECK(value_panels.is_contiguous() && sizes_of(value_panels) == value_sizes(layout, rows),
             "value_panels must be contiguous, of the shape that panel_pack gives for ", rows, " rows of ", k, " in ", n,
@@ -57,6 +62,12 @@ inline void check_panels(const Tensor& value_panels, const Tensor& index_panels,
             "index_panels must be contiguous int32, of the shape that panel_pack gives for ", rows, " rows of ", k,
             " in ", n, ":", m);
   check_same_device(value_panels, index_panels, "value_panels and index_panels");
+}
+
+inline void check_panels(const Tensor& value_panels, const Tensor& index_panels, int64_t n, int64_t m, int64_t rows,
+                         int64_t k) {
+  panel_dtype_of(value_panels, "value_panels");
+  check_panel_shapes(value_panels, index_panels, n, m, rows, k);
 }
 
 // x and bias beside the panels of a weight with `rows` outputs. Makes the bias contiguous.

@@ -3,8 +3,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -28,6 +30,26 @@ inline void prefer_huge_pages([[maybe_unused]] const void* memory, [[maybe_unuse
 
 inline void prefer_huge_pages(const Tensor& t) {
   prefer_huge_pages(t.const_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
+}
+
+// A new tensor for a weight that is read from memory again and again: begins where a huge page does, so that all of it
+// can lie in such pages. Where a tensor begins otherwise, up to 4 MiB lie in small ones: of an int8 weight, a third.
+inline Tensor new_weight(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kHugePage = size_t{2} << 20;
+  int64_t bytes = static_cast<int64_t>(new_empty(like, {0}, dtype).element_size());
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 0;) {
+    bytes *= sizes[d];
+    if (d + 1 < sizes.size()) strides[d] = strides[d + 1] * sizes[d + 1];
+  }
+  void* memory = nullptr;
+  if (bytes >= static_cast<int64_t>(kHugePage) && posix_memalign(&memory, kHugePage, static_cast<size_t>(bytes)) == 0) {
+    madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+    return torch::stable::from_blob(memory, sizes, strides, like.device(), dtype, &std::free);
+  }
+#endif
+  return new_empty(like, sizes, dtype);
 }
 
 // Memory for packed x and for sums, which the thread that needed it keeps: pages fresh from the system cost a tenth of

@@ -84,7 +84,7 @@ inline double random_number() { return random_int(-8, 8) / 4.0; }
 
 struct Weight {
   Weight(DType dtype, int n, int m, int64_t rows, int64_t k)
-      : layout(nms::panel_layout(n, m, k, dtype == DType::kBFloat16)),
+      : layout(nms::panel_layout(n, m, k, dtype)),
         groups((k + m - 1) / m),
         index_bytes(nms::index_row_bytes(nms::packed_format(n, m), groups)),
         dense(dtype, rows * k),
@@ -129,6 +129,6 @@ struct Weight {
 struct Pattern {
   int n, m;
 };
-constexpr Pattern kPatterns[] = {{1, 2},  {2, 4},  {1, 4}, {3, 4}, {1, 8}, {2, 8},  {4, 8},  {1, 16}, {2, 16},
-                                 {4, 16}, {8, 16}, {1, 1}, {2, 3}, {5, 7}, {3, 10}, {7, 13}, {16, 16}};
+constexpr Pattern kPatterns[] = {{1, 2},  {2, 4},  {1, 4},  {1, 3}, {3, 4}, {1, 8}, {2, 8},  {4, 8},  {1, 16},
+                                 {2, 16}, {4, 16}, {8, 16}, {1, 1}, {2, 3}, {5, 7}, {3, 10}, {7, 13}, {16, 16}};
 constexpr DType kTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16};

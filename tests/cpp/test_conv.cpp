@@ -23,7 +23,7 @@ using nms::ConvShape;
 void test_tap_inputs() {
   for (const Pattern p : kPatterns) {
     for (const bool paired : {false, true}) {
-      const int step = nms::panel_layout(p.n, p.m, 0, paired).step_inputs();
+      const int step = nms::panel_layout(p.n, p.m, 0, paired ? DType::kBFloat16 : DType::kFloat32).step_inputs();
       CHECK_EQ(nms::tap_inputs(p.n, p.m, 17, 1, paired), 17);
       for (const int64_t inputs : {1, 16, 40, 64}) {
         const int64_t tap = nms::tap_inputs(p.n, p.m, inputs, 9, paired);
@@ -141,7 +141,7 @@ void check_conv(DType dtype, Pattern p, const ConvShape& shape, int64_t groups, 
 void test_splits() {
   ConvProblem problem;
   for (const Pattern p : {Pattern{2, 4}, Pattern{1, 8}, Pattern{3, 4}}) {
-    problem.layout = nms::panel_layout(p.n, p.m, 64, false);
+    problem.layout = nms::panel_layout(p.n, p.m, 64, DType::kFloat32);
     problem.tile = table.conv.tile[static_cast<int>(DType::kFloat32)];
     for (int64_t count = 0; count < 300; ++count) {
       const nms::TileSplit split(problem, count);

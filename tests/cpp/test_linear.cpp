@@ -25,9 +25,9 @@ namespace {
 
 void test_layout() {
   for (const Pattern p : kPatterns) {
-    for (const bool paired : {false, true}) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kInt8}) {
       for (int64_t k : {0, 1, 15, 16, 17, 100, 4096}) {
-        const PanelLayout layout = nms::panel_layout(p.n, p.m, k, paired);
+        const PanelLayout layout = nms::panel_layout(p.n, p.m, k, dtype);
         CHECK(layout.window <= nms::kWindowInputs && layout.window % p.m == 0);
         CHECK(layout.steps * layout.step_inputs() >= k);
         CHECK(layout.steps % layout.unroll == 0);

@@ -19,6 +19,7 @@ const std::vector<Level>& levels() {  // slowest first; only those that this hos
     found.back().table.linear = scalar_linear();
     found.back().table.conv = scalar_conv();
     found.back().table.optim = scalar_optim();
+    found.back().table.int8 = scalar_int8();
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
                       __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
@@ -32,6 +33,8 @@ const std::vector<Level>& levels() {  // slowest first; only those that this hos
       use_avx2_linear(found.back().table.linear);
       use_avx2_conv(found.back().table.conv);
       found.back().table.optim = avx2_optim();
+      found.back().table.int8 = scalar_int8();
+      use_avx2_int8(found.back().table.int8);
     }
     if (avx512) {
       found.push_back({"avx512", avx512_kernels()});
@@ -44,6 +47,10 @@ const std::vector<Level>& levels() {  // slowest first; only those that this hos
         use_avx512_bf16_linear(found.back().table.linear);
         use_avx512_bf16_conv(found.back().table.conv);
       }
+      found.back().table.int8 = scalar_int8();
+      use_avx2_int8(found.back().table.int8);
+      if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
+        use_vnni_int8(found.back().table.int8);
     }
 #endif
     return found;

@@ -12,6 +12,7 @@
 #include "conv.h"
 #include "linear.h"
 #include "optim.h"
+#include "linear_int8.h"
 
 namespace nms {
 
@@ -78,6 +79,7 @@ struct Kernels {
   LinearTable linear = {};                                                        // filled by dispatch.cpp
   ConvTable conv = {};                                                            // likewise
   OptimTable optim = {};                                                          // likewise
+  Int8Table int8 = {};                                                            // the same
 };
 
 // One table per instruction set; a kernel without a faster version stays the scalar one.

@@ -48,7 +48,7 @@ void pack_tile(const LinearProblem& problem, const BatchTiles& tiles, int64_t ti
 // Some panels times some tiles.
 class Block {
  public:
-  // x: the only tile, packed; or null. stretch: memory for the part of a tile that one call of the kernel reads.
+  // x: all tiles, packed; or null. stretch: memory for the part of a tile that one call of the kernel reads.
   Block(const LinearProblem& problem, const BatchTiles& tiles, int64_t index, const void* x, void* stretch, void* sums)
       : p_(problem),
         layout_(problem.layout),
@@ -86,20 +86,20 @@ class Block {
     LinearTile t;
     t.layout = &layout_;
     t.steps = std::min(p_.block_steps, layout_.steps - step);
-    t.values_panel = layout_.panel_values() * p_.element_size;
+    t.values_panel = layout_.panel_values() * p_.value_size();
     t.indices_panel = layout_.panel_words();
     t.first_field = static_cast<int>(slot % layout_.fields);
     t.from_zero = step == 0;
     if (x_ != nullptr) {
-      t.x = x_ + step * step_bytes(p_, tile_rows);
+      t.x = x_ + tiles_.first_row(tile) * packed_row_bytes(p_) + step * step_bytes(p_, tile_rows);
     } else {
       pack_tile(p_, tiles_, tile, step, step + t.steps, stretch_);
       t.x = stretch_;
     }
     const uint8_t* values = static_cast<const uint8_t*>(p_.values) + first_panel_ * t.values_panel +
-                            slot * layout_.slot_values() * p_.element_size;
+                            slot * layout_.slot_values() * p_.value_size();
     const uint32_t* indices = p_.indices + first_panel_ * t.indices_panel + layout_.word_of(slot) * kPanelRows;
-    const int64_t stretch = t.steps * layout_.slots * layout_.slot_values() * p_.element_size;  // bytes of a panel
+    const int64_t stretch = t.steps * layout_.slots * layout_.slot_values() * p_.value_size();  // bytes of a panel
     LinearTileKernel kernel = kernels_.tile(layout_, tile_rows, panels_);
     for (int64_t panel = 0; panel < panels_; panel += kernel.panels) {
       if (panels_ - panel < kernel.panels) kernel = kernels_.tile(layout_, tile_rows, panels_ - panel);
@@ -125,6 +125,11 @@ class Block {
     for (int64_t panel = 0; panel < panels_; ++panel) {
       const int64_t output = (first_panel_ + panel) * kPanelRows;
       s.sums = sums_of(tile, panel);
+      if (p_.int8.weight_scales) {
+        s.int8.x_scales = p_.int8.x_scales + tiles_.first_row(tile);
+        s.int8.weight_scales = p_.int8.weight_scales + output;
+        s.int8.weight_sums = p_.int8.weight_sums + output;
+      }
       s.bias = p_.bias ? static_cast<const uint8_t*>(p_.bias) + output * p_.element_size : nullptr;
       s.y = static_cast<uint8_t*>(p_.y) + (tiles_.first_row(tile) * p_.rows + output) * p_.element_size;
       s.outputs = static_cast<int>(std::min<int64_t>(kPanelRows, p_.rows - output));
@@ -164,6 +169,8 @@ BatchTiles::BatchTiles(int64_t batch, int max_tile_rows)
     if (rows >= last && rows < last_tile_rows_) last_tile_rows_ = rows;
 }
 
+int64_t packed_row_bytes(const LinearProblem& problem) { return problem.layout.steps * step_bytes(problem, 1); }
+
 void choose_blocks(LinearProblem& problem, int64_t threads) {
   // Bytes of x between which the next panel has its turn. Of several tiles they stay in the first cache, together with
   // the values on their way; a single tile leaves the second cache to x: the weights only pass through, best without a
@@ -180,7 +187,7 @@ void choose_blocks(LinearProblem& problem, int64_t threads) {
       std::max<int64_t>(1, x_bytes / step_bytes(problem, tiles.tile_rows(0)) / layout.unroll) * layout.unroll;
 
   const int64_t steps = std::min(problem.block_steps, std::max<int64_t>(1, layout.steps));
-  const int64_t weight_bytes = steps * layout.slots * layout.slot_values() * problem.element_size;
+  const int64_t weight_bytes = steps * layout.slots * layout.slot_values() * problem.value_size();
   const int64_t fitting = std::clamp<int64_t>(kWeights / weight_bytes, 1, kMaxBlockPanels);
   const int64_t tile_sums = fitting * tile_rows * kPanelRows * sum_size(problem);
   problem.block_tiles = std::clamp<int64_t>(kSums / tile_sums, 1, tiles.count());
@@ -193,7 +200,7 @@ void choose_blocks(LinearProblem& problem, int64_t threads) {
   problem.block_panels = std::max<int64_t>(1, ceil_div(problem.panels, panel_blocks));
   problem.block_tiles = std::max<int64_t>(1, ceil_div(tiles.count(), std::max<int64_t>(1, batch_blocks)));
 
-  const int64_t all_weights = problem.panels * layout.panel_values() * problem.element_size;
+  const int64_t all_weights = problem.panels * layout.panel_values() * problem.value_size();
   const int64_t all_x = problem.batch * problem.k * problem.element_size;
   problem.weights_again = all_x + all_weights * batch_blocks < all_weights + all_x * panel_blocks;
 }
@@ -210,7 +217,9 @@ void multiply_blocks(const LinearProblem& problem, int64_t first, int64_t last, 
   uint8_t* packed = static_cast<uint8_t*>(memory);
   uint8_t* sums = packed + packed_bytes(problem);
   const void* x = nullptr;
-  if (is_packed(problem)) {
+  if (problem.packed_x != nullptr) {
+    x = problem.packed_x;
+  } else if (is_packed(problem)) {
     x = problem.x;
   } else if (tiles.count() == 1) {
     pack_tile(problem, tiles, 0, 0, problem.layout.steps, packed);

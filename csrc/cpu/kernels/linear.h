@@ -35,7 +35,7 @@ struct LinearTile {
   const void* x;            // [steps, tile rows, inputs of a step]
   const void* early;        // the values to be used next, to be fetched meanwhile; of as many panels and steps
   int64_t steps;            // a multiple of the layout's unroll
-  void* sums;               // [panels, tile rows, 16] float; double for float64
+  void* sums;               // [panels, tile rows, 16] float; double for float64, int32_t for int8
   const PanelLayout* layout;
   bool from_zero = false;            // sums are not continued but begun: their memory may hold anything
   const int32_t* x_steps = nullptr;  // [steps], for kernels of placed steps: bytes from x to the rows of each
@@ -70,6 +70,13 @@ struct PackRows {
 };
 using PackRowsFn = void (*)(const PackRows&);
 
+// What sums of int8 products stand for (core/quantize.h); nothing for other weights.
+struct Int8Operands {
+  const float* x_scales = nullptr;       // [rows of x]
+  const float* weight_scales = nullptr;  // [panels, 16]
+  const int32_t* weight_sums = nullptr;  // [panels, 16]: of a row's values
+};
+
 // Sums of one panel to rows of y.
 struct StoreSums {
   const void* sums;  // [tile rows, 16]
@@ -79,6 +86,7 @@ struct StoreSums {
   int64_t rows;      // of the tile
   int outputs;       // <= 16
   Activation activation;
+  Int8Operands int8;  // at the tile's first row and at the panel
 };
 using StoreSumsFn = void (*)(const StoreSums&);
 
@@ -114,13 +122,17 @@ struct LinearProblem {
   int64_t x_row, x_k;  // strides in elements
   const void* bias;    // [rows] or null
   void* y;             // [batch, rows]
-  int element_size;    // of values, x, bias and y
+  int element_size;    // of x, bias and y, and of values unless they are int8
   Activation activation;
+  Int8Operands int8 = {};
+  const void* packed_x = nullptr;  // all tiles of x, if they were packed beforehand
   // From choose_blocks:
   int64_t block_panels;  // of a block
   int64_t block_tiles;
   bool weights_again;   // which of two is read once for every block of the other: the weights, or else x
   int64_t block_steps;  // steps after which the next panel has its turn, so that what all need stays in the caches
+
+  int value_size() const { return int8.weight_scales ? 1 : element_size; }
 };
 
 // Cuts a batch into tiles.
@@ -137,6 +149,8 @@ class BatchTiles {
   int64_t batch_, count_;
   int max_rows_, last_tile_rows_;
 };
+
+int64_t packed_row_bytes(const LinearProblem& problem);  // of x, per row of a tile
 
 // Sizes of blocks for a batch; `threads` only decides how much work one block is.
 void choose_blocks(LinearProblem& problem, int64_t threads);

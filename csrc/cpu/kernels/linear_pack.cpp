@@ -30,6 +30,7 @@ class WindowCodes {
   explicit WindowCodes(const PanelLayout& layout)
       : format_(packed_format(layout.n, layout.m)),
         groups_(layout.window / layout.m),
+        field_bits_(layout.index_bits),
         all_fields_(low_bits(layout.slots * layout.index_bits)) {
     for (int slot = 0; slot < layout.slots; ++slot)
       starts_ |= uint64_t{layout.field_of(layout.group_start(slot), slot)} << (slot * layout.index_bits);
@@ -43,8 +44,14 @@ class WindowCodes {
   // Of `groups` groups from group `first` of a row on; `end` is the end of all rows' codes.
   uint64_t fields(const uint8_t* row_codes, int64_t first, int groups, const uint8_t* end) const {
     const uint64_t codes = read(row_codes, first * format_.group_bits, groups * format_.group_bits, end);
-    // Index codes already are fields, counted from the start of the group.
-    if (format_.index_bits != 0) return codes + starts_;
+    // Index codes already are fields, counted from the start of the group, but for 1:3 they are narrower.
+    if (format_.index_bits == field_bits_) return codes + starts_;
+    if (format_.index_bits != 0) {
+      uint64_t wider = starts_;
+      for (int slot = 0; slot < groups * format_.n; ++slot)
+        wider += (codes >> slot * format_.index_bits & low_bits(format_.index_bits)) << slot * field_bits_;
+      return wider;
+    }
     const int low = static_cast<int>(codes & 0xff), high = static_cast<int>(codes >> 8);
     const int low_count = 4 * popcount64(low), count = low_count + 4 * popcount64(high);
     uint64_t fields = kBitPositions.of[low];
@@ -62,7 +69,7 @@ class WindowCodes {
   }
 
   PackedFormat format_;
-  int groups_;
+  int groups_, field_bits_;
   uint64_t all_fields_;
   uint64_t starts_ = 0;
 };
@@ -204,6 +211,8 @@ void unpack_panel(const PanelForm& form, Element* dense, int64_t panel) {
 template <class Fn>
 void switch_element(int size, Fn fn) {
   switch (size) {
+    case 1:
+      return fn(uint8_t{});
     case 2:
       return fn(uint16_t{});
     case 4:
@@ -218,7 +227,9 @@ void switch_element(int size, Fn fn) {
 void pack_panels(const PanelForm& form, const void* values, const uint8_t* indices, int64_t first, int64_t last) {
   switch_element(form.element_size, [&](auto element) {
     using Element = decltype(element);
-    auto* pack = form.layout.halves == 1 ? pack_panel_of<1, Element> : pack_panel_of<2, Element>;
+    auto* pack = form.layout.halves == 1   ? pack_panel_of<1, Element>
+                 : form.layout.halves == 2 ? pack_panel_of<2, Element>
+                                           : pack_panel_of<4, Element>;
     for (int64_t panel = first; panel < last; ++panel) pack(form, static_cast<const Element*>(values), indices, panel);
   });
 }

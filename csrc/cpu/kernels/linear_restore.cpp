@@ -48,6 +48,8 @@ void restore_rows(const PanelForm& form, void* values, uint8_t* indices, int64_t
 void restore_panels(const PanelForm& form, void* values, uint8_t* indices, int64_t first, int64_t last) {
   const int64_t first_row = first * kPanelRows, last_row = std::min(last * kPanelRows, form.rows);
   switch (form.element_size) {
+    case 1:
+      return restore_rows<uint8_t>(form, values, indices, first_row, last_row);
     case 2:
       return restore_rows<uint16_t>(form, values, indices, first_row, last_row);
     case 4:

@@ -101,6 +101,18 @@ NMS_INLINE Sum activate(Sum v) {
   return v;
 }
 
+template <DType D>
+NMS_INLINE void write_outputs(const typename Arithmetic<D>::Type* out, int outputs, typename Element<D>::Bits* y) {
+  using Bits = typename Element<D>::Bits;
+  if (outputs == kPanelRows) {
+    Conversion<D>::narrow(out, y);
+  } else {
+    Bits some[kPanelRows];
+    Conversion<D>::narrow(out, some);
+    std::memcpy(y, some, static_cast<size_t>(outputs) * sizeof(Bits));
+  }
+}
+
 template <DType D, Activation A>
 NMS_INLINE void store_rows(const StoreSums& s) {
   using Bits = typename Element<D>::Bits;
@@ -113,13 +125,7 @@ NMS_INLINE void store_rows(const StoreSums& s) {
     Bits* y = static_cast<Bits*>(s.y) + row * s.y_row;
     Sum out[kPanelRows];
     for (int i = 0; i < kPanelRows; ++i) out[i] = activate<A>(sums[i] + bias[i]);
-    if (s.outputs == kPanelRows) {
-      Conversion<D>::narrow(out, y);
-    } else {
-      Bits some[kPanelRows];
-      Conversion<D>::narrow(out, some);
-      std::memcpy(y, some, static_cast<size_t>(s.outputs) * sizeof(Bits));
-    }
+    write_outputs<D>(out, s.outputs, y);
   }
 }
 

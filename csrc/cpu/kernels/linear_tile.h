@@ -44,7 +44,8 @@ struct Tile {
   // not. And placed steps are for tiles of several sizes, where an output must not depend on which it belongs to.
   static constexpr int kChains = kPlaced || kRows >= Format::kBusySums ? 1 : Format::kBusySums / kRows;
   static constexpr int kStepValueBytes = kSlots * Format::kValueBytes;
-  static constexpr bool kPrefetches = kRows > 1;  // a single row waits for nothing but the value stream
+  // A single row waits for nothing but the value stream; bytes, of which a line holds most, come fast enough to.
+  static constexpr bool kPrefetches = kRows > 1 || Format::kHalves == 4;
 
   using Vec = typename Format::Vec;
 
@@ -126,8 +127,11 @@ struct Tile {
     NMS_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const typename Format::Input input = Format::input(window + r * Format::kInputBytes);
-      if (kPrefetches && r < kGroup * kPanels)
-        prefetch(at.early + r % kPanels * at.values_panel + (kFirst + r / kPanels) * Format::kValueBytes);
+      if (kPrefetches) {
+        NMS_UNROLL
+        for (int line = r; line < kGroup * kPanels; line += kRows)
+          prefetch(at.early + line % kPanels * at.values_panel + (kFirst + line / kPanels) * Format::kValueBytes);
+      }
       NMS_UNROLL
       for (int p = 0; p < kPanels; ++p)
         (add_product<kFirst + kOffsets>(value[p][kOffsets], index[p][kOffsets], input,
