@@ -25,21 +25,22 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from bench_linear import BATCHES, LARGE, PATTERNS, copies, quartiles, rounds_for, take_turns
-from common import machine
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common import machine
+from linear_calls import Call, copies, onednn_call, plain_call, spread, take_turns
+from torch import Tensor
+
 import nmsparse_ext as nms
 
-Call = Callable[[int], object]  # the argument chooses the copy of the weight
+SHAPES = ("4096x4096", "11008x4096")
+PATTERNS = ("2:4", "1:4", "2:8", "1:8", "1:16")
+BATCHES = (1, 4, 16, 64, 256)
 
 
 def works(call: Call) -> bool:
@@ -114,30 +115,28 @@ def float_calls(x: Tensor, weight: Tensor, pattern: str) -> dict[str, Call]:
     """Packed and dense products in float32 and bfloat16."""
     calls: dict[str, Call] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        name, y = str(dtype).removeprefix("torch."), x.to(dtype)
-        dense = weight.to(dtype)
-        number = copies(dense.nbytes)
-        weights = [dense.clone() for _ in range(number)]
-        onednn = [torch.ops.mkldnn._reorder_linear_weight(w, x.shape[0]) for w in weights]
-        first = nms.compress(dense, pattern, prune=True)
-        packs = [first.with_engine("cpu-panels") for _ in range(copies(first.engine_nbytes or first.nbytes))]
-        calls[f"{name} dense"] = lambda i, y=y, weights=weights: F.linear(y, weights[i % len(weights)])
-        calls[f"{name} oneDNN"] = lambda i, y=y, onednn=onednn: torch.ops.mkldnn._linear_pointwise(
-            y, onednn[i % len(onednn)], None, "none", [], ""
-        )
-        calls[f"{name} packed {pattern}"] = lambda i, y=y, packs=packs: F.linear(y, packs[i % len(packs)])
+        name, y, dense = str(dtype).removeprefix("torch."), x.to(dtype), weight.to(dtype)
+        weights = [dense.clone() for _ in range(copies(dense.nbytes))]
+        calls[f"{name} dense"] = plain_call(y, weights)
+        calls[f"{name} oneDNN prepacked"] = onednn_call(y, weights)
+        calls[f"{name} packed {pattern}"] = plain_call(y, packed_weights(dense, pattern, "cpu-panels"))
     return {name: call for name, call in calls.items() if works(call)}
 
 
-def packed_call(x: Tensor, weight: Tensor, pattern: str) -> Call:
-    """``F.linear`` of floating point ``x`` with the packed weight, rounding of ``x`` included."""
-    first = nms.compress(weight.float(), pattern, prune=True).with_engine("cpu-int8")
-    weights = [first] + [first.with_engine("cpu-int8") for _ in range(copies(first.engine_nbytes) - 1)]
-    return lambda i: F.linear(x, weights[i % len(weights)])
+def packed_weights(weight: Tensor, pattern: str, engine: str) -> list[Tensor]:
+    """The packed weight, as often as it takes to be cold; every copy has panels of its own."""
+    first = nms.compress(weight, pattern, prune=True).with_engine(engine)
+    return [first] + [first.with_engine(engine) for _ in range(copies(first.engine_nbytes) - 1)]
 
 
 def measure(
-    shape: tuple[int, int], batch: int, patterns: list[str], *, floats: bool, wanted_rounds: int | None
+    shape: tuple[int, int],
+    batch: int,
+    patterns: list[str],
+    *,
+    floats: bool,
+    seconds: float,
+    rounds: int | None,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The rows of one shape and batch, and the lower quartiles of all candidates in ms."""
     weight = torch.randint(-127, 128, shape).to(torch.int8)
@@ -145,37 +144,37 @@ def measure(
     dense = dense_int8_calls(x, weight)
     calls = dict(dense)
     for pattern in patterns:
-        calls[pattern] = packed_call(x, weight, pattern)
-    others = float_calls(x, weight, patterns[0]) if floats else {}
-    seconds = take_turns({**calls, **others}, rounds_for(shape, batch, wanted_rounds))
-    low = {name: quartiles(times)[0] for name, times in seconds.items()}
-    best_name = min(dense, key=low.__getitem__)
+        calls[pattern] = plain_call(x, packed_weights(weight.float(), pattern, "cpu-int8"))
+    if floats:
+        calls |= float_calls(x, weight, patterns[0])
+    spreads = {name: spread(values) for name, values in take_turns(calls, seconds, rounds).items()}
+    best = min(dense, key=lambda name: spreads[name]["low"])
     rows = []
     for pattern in patterns:
-        lower, median, high = quartiles(seconds[pattern])
-        ratio = low[best_name] / lower
+        ratio = spreads[best]["low"] / spreads[pattern]["low"]
         rows.append(
             {
                 "pattern": pattern,
                 "weight": f"{shape[0]}x{shape[1]}",
                 "batch": batch,
                 "over dense int8": {"ratio": ratio},
-                "packed int8": {"median": median, "low": lower, "high": high},
-                "best dense int8": f"{best_name} {low[best_name] * 1e3:.3f} ms",
+                "packed int8": spreads[pattern],
+                "dense int8": spreads[best],
+                "which": best,
                 "verdict": "lost" if ratio < 1 else "faster",
             }
         )
-    return rows, {name: round(value * 1e3, 4) for name, value in low.items()}
+    return rows, {name: round(values["low"] * 1e3, 4) for name, values in spreads.items()}
 
 
 def line(row: dict[str, Any]) -> str:
     """A row for the terminal."""
-    packed = row["packed int8"]
-    spread = (packed["high"] - packed["low"]) / packed["median"]
+    packed, dense = row["packed int8"], row["dense int8"]
+    width = (packed["high"] - packed["low"]) / packed["median"]
     return (
-        f"{row['weight']:>11} B={row['batch']:<5} {row['pattern']:5} "
-        f"{row['over dense int8']['ratio']:6.2f}x  "
-        f"{packed['low'] * 1e3:9.3f} ms ± {spread * 50:3.0f} %  {row['best dense int8']:32} {row['verdict']}"
+        f"{row['weight']:>11} B={row['batch']:<5} {row['pattern']:5} {row['over dense int8']['ratio']:6.2f}x "
+        f"{packed['low'] * 1e3:9.3f} ms ± {width * 50:3.0f} %  {row['which']} {dense['low'] * 1e3:.3f} ms  "
+        f"{row['verdict']}"
     )
 
 
@@ -197,16 +196,17 @@ def merged(path: Path, rows: list[dict[str, Any]], candidates: dict[str, dict[st
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, store; returns the exit code."""
     parser = argparse.ArgumentParser(description="Packed int8 linear layers against dense ones on the CPU.")
-    parser.add_argument("--shape", nargs="+", default=list(LARGE), help="out x in, as 4096x4096")
-    parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES[:5]))
+    parser.add_argument("--shape", nargs="+", default=list(SHAPES), help="out x in, as 4096x4096")
+    parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--pattern", nargs="+", default=list(PATTERNS))
-    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--seconds", type=float, default=8.0, help="per shape and batch")
     parser.add_argument("--floats", action="store_true", help="time float32 and bfloat16 beside, too")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, three rounds")
     parser.add_argument("--out", type=Path, default=None, help="result file to merge into")
     arguments = parser.parse_args(argv)
     if arguments.dry_run:
-        arguments.shape, arguments.batch, arguments.rounds, arguments.floats = ["64x128"], [1, 4], 3, True
+        arguments.shape, arguments.batch, arguments.floats = ["64x128"], [1, 4], True
+    rounds = 3 if arguments.dry_run else None
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     candidates: dict[str, dict[str, float]] = {}
@@ -214,8 +214,14 @@ def main(argv: list[str] | None = None) -> int:
         for text in arguments.shape:
             out, inputs = (int(size) for size in text.split("x"))
             for batch in arguments.batch:
-                options = {"floats": arguments.floats, "wanted_rounds": arguments.rounds}
-                new, times = measure((out, inputs), batch, arguments.pattern, **options)
+                new, times = measure(
+                    (out, inputs),
+                    batch,
+                    arguments.pattern,
+                    floats=arguments.floats,
+                    seconds=arguments.seconds,
+                    rounds=rounds,
+                )
                 candidates[f"{text} batch {batch}"] = times
                 rows += new
                 print("\n".join(line(row) for row in new), flush=True)
