@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._panel_layout import INT8_INPUT_DTYPES, MAX_INT8_KEPT, MAX_PANEL_M, PANEL_ROWS
-from .engines import Engine, register_engine, unpack
+from ._panel_layout import ACTIVATIONS, INT8_INPUT_DTYPES, MAX_INT8_KEPT, MAX_PANEL_M, PANEL_ROWS
+from .engines import Engine, portable, register_engine, unpack, unpack_rows
 from .int8 import Int8Panels, int8_panels, multiply_int8, panels_of
 from .panels import Activation
 
@@ -35,22 +35,25 @@ _WEIGHT_DTYPES = (*INT8_INPUT_DTYPES, torch.int8)
 
 
 def _why_not(weight: NMTensor) -> str | None:
-    values = weight.packed_values
-    if values.device.type != "cpu":
-        return f"it runs on the CPU, the weight is on {values.device}"
-    if values.dim() != 2:
-        return f"it multiplies matrices, the weight has {values.dim()} dimensions"
-    if values.dtype not in _WEIGHT_DTYPES:
-        return f"it takes weights of {', '.join(map(str, _WEIGHT_DTYPES))}, not {values.dtype}"
-    if weight.pattern.m > MAX_PANEL_M:
-        return f"panels hold patterns with m <= {MAX_PANEL_M}, not {weight.pattern}"
-    if values.shape[1] > MAX_INT8_KEPT:
-        return f"its sums hold {MAX_INT8_KEPT} products, the rows keep {values.shape[1]} weights"
+    with torch._C.DisableTorchFunctionSubclass():
+        device, dtype = weight.device, weight.dtype
+    if device.type != "cpu":
+        return f"it runs on the CPU, the weight is on {device}"
+    if len(weight.rows) != 1:
+        return f"it multiplies matrices, the weight has {len(weight.rows) + 1} dimensions"
+    if dtype not in _WEIGHT_DTYPES:
+        return f"it takes weights of {', '.join(map(str, _WEIGHT_DTYPES))}, not {dtype}"
+    pattern = weight.pattern
+    if pattern.m > MAX_PANEL_M:
+        return f"panels hold patterns with m <= {MAX_PANEL_M}, not {pattern}"
+    kept = pattern.groups(weight.k) * pattern.n
+    if kept > MAX_INT8_KEPT:
+        return f"its sums hold {MAX_INT8_KEPT} products, the rows keep {kept} weights"
     return None
 
 
 def _build(weight: NMTensor) -> Int8Panels:
-    return int8_panels(weight.packed_values, weight.packed_indices, weight.pattern, k=weight.k)
+    return int8_panels(*portable(weight), weight.pattern, k=weight.k)
 
 
 def _linear(
@@ -61,20 +64,18 @@ def _linear(
         input = input.to(torch.get_autocast_dtype("cpu"))
         bias = None if bias is None else bias.to(input.dtype)
     if (
-        weight.group_dim != 1
-        or (values.requires_grad and torch.is_grad_enabled())
-        or forward_ad._current_level >= 0
-    ):
-        # Groups along the outputs, a gradient for the values, forward-mode derivatives: with the weight as
-        # it was before rounding.
-        y = F.linear(input, unpack(weight).to(input.dtype), bias)
+        values is not None and values.requires_grad and torch.is_grad_enabled()
+    ) or forward_ad._current_level >= 0:
+        # A gradient for the values, or forward-mode derivatives: with the weight as it was before rounding.
+        y = F.linear(input, unpack_rows(weight).to(input.dtype), bias)
         return y if activation == "none" else getattr(F, activation)(y)
-    panels, rows = panels_of(weight), values.shape[0]
-    if bias is None or tuple(bias.shape) == (rows,):
+    panels, rows = panels_of(weight), weight.rows[0]
+    if bias is None or (bias.dim() == 1 and bias.shape[0] == rows):
         return multiply_int8(
             input, panels, bias, weight.pattern, rows=rows, k=weight.k, activation=activation
         )
-    y = multiply_int8(input, panels, None, weight.pattern, rows=rows, k=weight.k) + bias
+    y = multiply_int8(input, panels, None, weight.pattern, rows=rows, k=weight.k)
+    y = y + bias.expand_as(y)
     return y if activation == "none" else getattr(F, activation)(y)
 
 
@@ -97,6 +98,7 @@ register_engine(
         conv=_conv,
         forms=Int8Panels._fields,
         build=_build,
+        activations=tuple(name for name in ACTIVATIONS if name != "none"),
         split_rows=PANEL_ROWS,
         automatic=False,
     )

@@ -160,7 +160,7 @@ def int8_linear(
         )
     if weight.group_dim != 1:
         raise ValueError(f"weight must be packed along dim 1, its inputs, got dim {weight.group_dim}")
-    out, inputs = weight._dense_shape()
+    out, inputs = weight.dense_shape()
     if x.dtype not in INT8_INPUT_DTYPES:
         raise TypeError(f"x must be one of {', '.join(map(str, INT8_INPUT_DTYPES))}, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] != inputs:
@@ -179,6 +179,8 @@ def int8_linear(
 
 
 def panels_of(weight: NMTensor) -> Int8Panels:
-    """The forms of a weight of engine "cpu-int8"."""
+    """The forms of a weight of engine "cpu-int8"; built anew if it was written to."""
+    if weight.shared is not None and not torch.compiler.is_compiling():
+        weight.shared.refresh()
     # Forms are no declared attributes.
     return Int8Panels(*(getattr(weight, f"form_{name}") for name in Int8Panels._fields))

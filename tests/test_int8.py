@@ -544,3 +544,13 @@ def test_fake_tensors() -> None:
         y = multiply_int8(x, panels, None, Pattern(2, 4), rows=20, k=32)
     assert y.shape == (2, 3, 20)
     assert y.dtype == torch.bfloat16
+
+
+def test_fused_activation_and_writes_to_values() -> None:
+    _, packed_layer = layer()
+    weight, x = packed_layer.weight, torch.randn(3, 64)
+    with torch.no_grad():
+        assert_same_bits(nms.linear(x, weight, None, "relu"), F.linear(x, weight).relu())
+        before = F.linear(x, weight)
+        weight.values.mul_(2)
+        torch.testing.assert_close(F.linear(x, weight), 2 * before)
