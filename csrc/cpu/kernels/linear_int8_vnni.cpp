@@ -44,6 +44,7 @@ struct Int8Dot {
   static constexpr int kMaxRows = 16;
   static constexpr int kSharedPanels = 2;
   static constexpr int kMaxSharedRows = 8;
+  static constexpr int kBusySums = 4;  // a dot product takes four cycles
   static constexpr int kHalves = 4;
   static constexpr int kValueBytes = 64;
   static constexpr int kInputBytes = 64;
