@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import nmsparse_ext as nms
-from nmsparse_ext import reference
+from nmsparse_ext import deploy, reference
 from nmsparse_ext._build import extension
 from nmsparse_ext.conv_panels import conv_pack, conv_unpack, panel_conv, why_no_conv
 from nmsparse_ext.panels import Activation, Panels
@@ -391,6 +391,19 @@ def test_where_it_runs() -> None:
         assert weight.engine != "cpu-conv-panels"
         with pytest.raises(ValueError, match=why):
             weight.with_engine("cpu-conv-panels")
+
+
+@needs_extension
+def test_report_says_what_is_unpacked() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 24, 3, groups=2), nn.Conv2d(24, 32, 3), nn.ConvTranspose2d(32, 8, 3))
+    with torch.no_grad():
+        for dim, module in zip((1, 1, 0), model, strict=True):
+            module.weight.copy_(nms.nm_prune(module.weight, "2:4", dim=dim))  # type: ignore[operator, arg-type]
+    grouped, plain, transposed = deploy.report(nms.convert(model, "2:4", policy="always"))
+    assert grouped.engine == plain.engine == "cpu-conv-panels"
+    assert "unpacked in every call: each of 2 groups must have a multiple of 16" in grouped.reason
+    assert "unpacked" not in plain.reason
+    assert transposed.engine == "decompress"
 
 
 @needs_extension
