@@ -6,12 +6,17 @@ packed models in safetensors files.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .convert import convert, ignore_in_ddp
 from .detect import USUAL_PATTERNS, detect_pattern
 from .files import load_file, load_into, save_file
 from .fold import fold_batch_norm
 from .report import LayerReport, Report, report
 from .summary import Summary, WeightSummary, summary
+
+if TYPE_CHECKING:
+    from .inductor import inductor_options
 
 __all__ = [
     "USUAL_PATTERNS",
@@ -23,9 +28,18 @@ __all__ = [
     "detect_pattern",
     "fold_batch_norm",
     "ignore_in_ddp",
+    "inductor_options",
     "load_file",
     "load_into",
     "report",
     "save_file",
     "summary",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "inductor_options":  # brings torch's compiler, which takes seconds
+        from .inductor import inductor_options
+
+        return inductor_options
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
