@@ -436,7 +436,7 @@ def _grad_panel_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = grad @ torch.ops.nmsparse.panel_unpack(value_panels, index_panels, *ctx.layout)
     if ctx.needs_input_grad[3]:
-        grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+        grad_bias = grad if grad.dim() == 1 else grad.sum(tuple(range(grad.dim() - 1)))
     return grad_x, None, None, grad_bias, None, None, None, None, None
 
 
@@ -462,7 +462,7 @@ def _grad_panel_conv(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight = conv_checks.weight_of_rows(dense, k, kernel)
         grad_x = _grad_conv_input(grad, ctx.sizes, weight, *geometry)
     if ctx.needs_input_grad[3]:
-        grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+        grad_bias = grad if grad.dim() == 1 else grad.sum(tuple(range(grad.dim() - 1)))
     return grad_x, None, None, grad_bias, *[None] * (len(ctx.layout) + 1)
 
 

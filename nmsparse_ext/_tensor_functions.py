@@ -65,6 +65,13 @@ def _no_contents(name: str) -> Callable[..., Any]:
 for _name in ("numpy", "__array__", "tolist", "__dlpack__"):
     FUNCTIONS[getattr(torch.Tensor, _name)] = _no_contents(_name)
 
+
+def _no_weight_norm(*args: Any, **kwargs: Any) -> Any:
+    # No NotImplementedError: parametrizations take that for "needs no initial value", and go on.
+    raise TypeError("NMTensor does not support weight_norm: its weights are frozen; use .to_dense()")
+
+
+FUNCTIONS[torch.norm_except_dim] = _no_weight_norm
 FUNCTIONS[torch.Tensor.requires_grad_] = _requires_grad_
 FUNCTIONS[torch.Tensor.requires_grad.__set__] = _requires_grad_  # type: ignore[attr-defined]
 

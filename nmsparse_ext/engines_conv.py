@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ._build import extension
 from .conv_panels import conv_pack, conv_restore, conv_unpack, panel_conv, why_no_conv
 from .engines import Engine, portable, register_engine, unpack, unpack_rows
 from .engines_cpu import cast_panels, panels_of
-from .panels import Panels, why_no_panels
+from .panels import Panels, transforming, why_no_panels
 
 if TYPE_CHECKING:
     from .tensor import NMTensor
@@ -71,7 +70,7 @@ def _conv(
         geometry is None
         or why_no_conv(input, weight.dense_shape(), geometry["groups"]) is not None
         or _wants_values_grad(weight)
-        or forward_ad._current_level >= 0
+        or transforming()
     ):
         return op(input, unpack(weight), bias, *args, **kwargs)
     if torch.is_autocast_enabled("cpu"):

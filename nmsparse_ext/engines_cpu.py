@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import panels as panel_ops
 from ._build import extension
 from ._panel_layout import ACTIVATIONS, PANEL_ROWS
 from .engines import Engine, portable, register_engine, unpack, unpack_rows
-from .panels import Activation, Panels, panel_linear, panel_pack, panel_restore, panel_unpack
+from .panels import Activation, Panels, panel_linear, panel_pack, panel_restore, panel_unpack, transforming
 
 if TYPE_CHECKING:
     from .tensor import NMTensor
@@ -75,11 +74,9 @@ def _linear(
     input: Tensor, weight: NMTensor, bias: Tensor | None = None, activation: Activation = "none"
 ) -> Tensor:
     values = weight.packed_values
-    if (
-        values is not None and values.requires_grad and torch.is_grad_enabled()
-    ) or forward_ad._current_level >= 0:
+    if (values is not None and values.requires_grad and torch.is_grad_enabled()) or transforming():
         # A gradient for the values, or forward-mode derivatives (which PyTorch drops in silence at ops such
-        # as ours): neither is what panels are for.
+        # as ours), or vmap: none is what panels are for.
         y = F.linear(input, unpack_rows(weight), bias)
         return y if activation == "none" else getattr(F, activation)(y)
     if torch.is_autocast_enabled("cpu"):

@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ._panel_layout import ACTIVATIONS, INT8_INPUT_DTYPES, MAX_INT8_KEPT, MAX_PANEL_M, PANEL_ROWS
 from .engines import Engine, portable, register_engine, unpack, unpack_rows
 from .int8 import Int8Panels, int8_panels, multiply_int8, panels_of
-from .panels import Activation
+from .panels import Activation, transforming
 
 if TYPE_CHECKING:
     from .tensor import NMTensor
@@ -63,10 +62,8 @@ def _linear(
     if torch.is_autocast_enabled("cpu"):
         input = input.to(torch.get_autocast_dtype("cpu"))
         bias = None if bias is None else bias.to(input.dtype)
-    if (
-        values is not None and values.requires_grad and torch.is_grad_enabled()
-    ) or forward_ad._current_level >= 0:
-        # A gradient for the values, or forward-mode derivatives: with the weight as it was before rounding.
+    if (values is not None and values.requires_grad and torch.is_grad_enabled()) or transforming():
+        # A gradient for the values, forward-mode derivatives, vmap: with the weight as it was before rounding.
         y = F.linear(input, unpack_rows(weight).to(input.dtype), bias)
         return y if activation == "none" else getattr(F, activation)(y)
     panels, rows = panels_of(weight), weight.rows[0]

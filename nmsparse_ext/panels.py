@@ -33,6 +33,7 @@ Activation = Literal["none", "relu", "gelu", "silu"]
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _nms = torch.ops.nmsparse
+_panel_linear = _nms.panel_linear.default  # found once: a packet looks for the overload in every call
 
 
 class Panels(NamedTuple):
@@ -108,9 +109,12 @@ def panel_linear(
     Returns:
         ``[..., rows]``, contiguous.
     """
-    arguments = (x, panels.values, panels.indices, bias, pattern.n, pattern.m, rows, k, activation)
-    with without_autograd(x, bias):
-        return _nms.panel_linear(*arguments)
+    values, indices = panels
+    if _wants_autograd(x, bias):
+        return _panel_linear(x, values, indices, bias, pattern.n, pattern.m, rows, k, activation)
+    # As without_autograd has it, but this is called for every linear layer.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _panel_linear(x, values, indices, bias, pattern.n, pattern.m, rows, k, activation)
 
 
 def without_autograd(x: Tensor, bias: Tensor | None) -> AbstractContextManager:
@@ -119,6 +123,13 @@ def without_autograd(x: Tensor, bias: Tensor | None) -> AbstractContextManager:
     A small layer takes about as long as the Python kernel in which autograd would find out the same.
     """
     return nullcontext() if _wants_autograd(x, bias) else torch._C._AutoDispatchBelowAutograd()
+
+
+def transforming() -> bool:
+    """Whether forward-mode derivatives or a transform of ``torch.func`` (vmap, grad) are going on."""
+    if forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 def _wants_autograd(x: Tensor, bias: Tensor | None) -> bool:

@@ -137,12 +137,12 @@ def _matrices(name: str, weight: Tensor, dims: int) -> None:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if type(weight) is not NMTensor:
+    if type(weight) is NMTensor and weight.group_dim == 1 and len(weight.rows) == 1:
+        return ENGINES[weight.engine].linear(input, weight, bias)
+    if not isinstance(weight, NMTensor):
         raise NotImplementedError(
             "F.linear takes an NMTensor as weight only; use .to_dense() for input or bias"
         )
-    if len(weight.rows) == 1 and weight.group_dim == 1:
-        return ENGINES[weight.engine].linear(input, weight, bias)
     if len(weight.rows) == 1 and weight.group_dim == 0 and not weight.batch:
         return across(input, weight, bias)
     # Whatever F.linear itself would say to other shapes.

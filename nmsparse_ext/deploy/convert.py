@@ -48,8 +48,9 @@ def convert(
 
     With ``policy="auto"`` the model runs once on ``example_input``, in eval mode and without gradients. Each
     layer is timed there on every input that reaches it, packed against dense in turn, and packed only if that
-    is faster. Without an ``example_input`` nothing can be timed: weights are packed, which saves memory for
-    certain but may cost time, and a warning says so.
+    is faster. What it is compared with is the layer as it stands, in eager mode: the one that it replaces.
+    Without an ``example_input`` nothing can be timed: weights are packed, which may cost time, and a warning
+    says so.
 
     Args:
         model: The model, with the zeros in its weights (as a `Sparsifier` leaves it); changed in place.
@@ -59,7 +60,8 @@ def convert(
         example_input: What the model is called with in earnest: a tensor, a tuple of arguments or a mapping
             of keyword arguments.
         policy: ``"auto"`` packs where that is measured to be faster, ``"always"`` wherever the pattern holds.
-        engine: Name of the engine to run packed weights with; ``None`` chooses the best for each.
+        engine: Name of the engine to run packed weights with; ``None`` chooses the best for each. Weights
+            that it cannot run get the best one that can, and the report says why.
         keep: ``"both"`` holds the packed form and what the engine multiplies with. ``"engine"`` holds only
             the latter, so that the weights take n/m of their memory, plus indices; see `NMTensor.keep`.
             Weights whose engine has no form of its own, or one that the packed form cannot be made from
@@ -143,6 +145,7 @@ class _Plan:
     """What is known about one weight, and in the end what happens to it."""
 
     weight: Weight
+    asked_for: str | None = None  # name of an engine
     pattern: Pattern | None = None
     packed: nn.Parameter | None = None  # an NMTensor as a parameter
     choice: str | None = None  # "packed" or "dense"; None: not decided yet
@@ -169,8 +172,15 @@ class _Plan:
             packed_bytes=tensor.held_nbytes if isinstance(tensor, NMTensor) else None,
             engine=tensor.engine if isinstance(tensor, NMTensor) else None,
             choice=self.choice,
-            reason=self.reason + self._unpacked(),
+            reason=self.reason + self._unpacked() + self._other_engine(),
         )
+
+    def _other_engine(self) -> str:
+        """What there is to add where the engine that was asked for cannot run the weight."""
+        if self.asked_for is None or not isinstance(self.packed, NMTensor):
+            return ""
+        reason = find_engine(self.asked_for).why_not(self.packed)
+        return "" if reason is None else f"; not by engine {self.asked_for!r}: {reason}"
 
     def _unpacked(self) -> str:
         """What there is to add to the reason for a packed weight that is unpacked when it runs."""
@@ -194,7 +204,7 @@ def _plan(
     named = {} if resolved is None else resolved.resolve(model)
     plans = []
     for weight in weights(model):
-        plan = _Plan(weight)
+        plan = _Plan(weight, target.engine)
         plans.append(plan)
         if isinstance(weight.parameter, NMTensor):
             plan.pattern, plan.packed = weight.parameter.pattern, weight.parameter
@@ -233,7 +243,9 @@ def _packed(weight: Weight, pattern: Pattern, target: _Target) -> nn.Parameter:
         packed = compress(weight.parameter.detach(), pattern, dim=weight.group_dim)
         if target.dtype is not None:
             packed = cast(NMTensor, packed.to(target.dtype))
-        chosen = engine_for(weight.module, packed) if target.engine is None else find_engine(target.engine)
+        chosen = engine_for(weight.module, packed)
+        if target.engine is not None and find_engine(target.engine).why_not(packed) is None:
+            chosen = find_engine(target.engine)
         alone: Keep = target.keep if chosen.restore is not None else "both"
         if (chosen.name, alone) != (packed.engine, packed.keep):
             packed = packed.with_engine(chosen.name, keep=alone)

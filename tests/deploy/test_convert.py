@@ -288,6 +288,18 @@ def test_engine_is_chosen() -> None:
         nms.convert(model, engine="warp")
 
 
+def test_engine_that_cannot_run_all_weights(net: Net, x: Tensor) -> None:
+    expected = net(x)
+    if nms.compress(torch.randn(16, 16), "2:4", prune=True).engine != "cpu-panels":
+        pytest.skip("panels are for the compiled extension")
+    nms.convert(net, policy="always", engine="cpu-panels")
+    assert rows(net)["head.weight"].engine == "cpu-panels"
+    assert rows(net)["head.weight"].reason == "policy 'always'"
+    assert rows(net)["conv.weight"].engine != "cpu-panels"
+    assert "not by engine 'cpu-panels': it multiplies matrices" in rows(net)["conv.weight"].reason
+    torch.testing.assert_close(net(x), expected)
+
+
 def test_report(net: Net, x: Tensor) -> None:
     with pytest.raises(ValueError, match="has not been converted"):
         report(net)
