@@ -63,7 +63,7 @@ def _linear(
         input = input.to(torch.get_autocast_dtype("cpu"))
         bias = None if bias is None else bias.to(input.dtype)
     if (values is not None and values.requires_grad and torch.is_grad_enabled()) or transforming():
-        # A gradient for the values, forward-mode derivatives, vmap: with the weight as it was before rounding.
+        # A gradient for the values, forward-mode derivatives, vmap: with the weight before rounding.
         y = F.linear(input, unpack_rows(weight).to(input.dtype), bias)
         return y if activation == "none" else getattr(F, activation)(y)
     panels, rows = panels_of(weight), weight.rows[0]
