@@ -99,7 +99,7 @@ RESNET50 = (
 )
 # Layers that no size of a block was chosen by.
 OTHERS = (
-    Layer(3, 128, 128, 28),
+    Layer(3, 128, 256, 28),
     Layer(3, 256, 256, 28),
     Layer(3, 512, 512, 28),
     Layer(3, 96, 96, 35),
