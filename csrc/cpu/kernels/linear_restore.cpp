@@ -27,7 +27,7 @@ void restore_row(const PanelForm& form, int64_t row, Element* values /* [groups 
       const int64_t position = step * layout.slots + slot;
       const uint32_t word = words[layout.word_of(position) * kPanelRows];
       const int place = layout.place_of(word >> layout.shift_of(position, half) & field_mask, slot);
-      kept |= uint64_t{1} << (place - layout.group_start(slot) & (kWindowInputs - 1));
+      kept |= uint64_t{1} << ((place - layout.group_start(slot)) & (kWindowInputs - 1));
       *values++ = panel_values[position * layout.slot_values() + lane * layout.halves + half];
     }
     codes.put(encode_group(kept, format) & low_bits(format.group_bits), format.group_bits);
