@@ -421,7 +421,8 @@ def test_module_life(isa: str) -> None:
     expected = packed_layer(x)
     torch.testing.assert_close(expected, dense(x))
     last = packed_layer.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
-    assert_same_bits(last, expected)
+    # Without panels PyTorch's own convolution runs, which sums in another order for another memory format.
+    (torch.testing.assert_close if isa == "reference" else assert_same_bits)(last, expected)
     with torch.no_grad():
         packed_layer.weight.copy_(2 * dense.weight)
         torch.testing.assert_close(packed_layer(x), F.conv2d(x, 2 * dense.weight, dense.bias, 2, 1))
