@@ -406,7 +406,9 @@ def panel_restore(
     values, places = _by_row(value_panels, index_panels, layout)
     if layout.index_bits == 4:
         places = places - _group_starts(layout, places.device)
-    kept = values.flatten(1)[:rows, : groups * n].contiguous().view(value_panels.dtype)
+    # Without a copy it could be the panels' own memory.
+    kept = values.flatten(1)[:rows, : groups * n].clone(memory_format=torch.contiguous_format)
+    kept = kept.view(value_panels.dtype)
     places = places.flatten(1)[:rows, : groups * n].reshape(rows, groups, n)
     return kept, _encode(places, n, m)
 
@@ -418,7 +420,8 @@ def panel_unpack(value_panels: Tensor, index_panels: Tensor, n: int, m: int, row
     values, places = (part[:rows] for part in _by_row(value_panels, index_panels, layout))
     if layout.index_bits == 2:
         places = places + _group_starts(layout, places.device)
-    # A window has room for every place that a field can name.
+    # In damaged indices a field of 2 bits can name a place behind its window.
+    places = places % WINDOW_INPUTS
     dense = values.new_zeros(rows, layout.steps * layout.halves, WINDOW_INPUTS)
     dense.scatter_(-1, places, values)
     return dense[..., : layout.window].flatten(1)[:, :k].contiguous().view(value_panels.dtype)

@@ -66,8 +66,9 @@ struct PanelLayout {
   NMS_HD uint32_t field_of(int place, int slot) const {
     return static_cast<uint32_t>(index_bits == 2 ? place - group_start(slot) : place);
   }
+  // In damaged indices a field of 2 bits can name a place behind its window.
   NMS_HD int place_of(uint32_t field, int slot) const {
-    return static_cast<int>(index_bits == 2 ? field + group_start(slot) : field);
+    return static_cast<int>(index_bits == 2 ? (field + group_start(slot)) % kWindowInputs : field);
   }
 };
 
