@@ -12,6 +12,7 @@ from .convert import convert, ignore_in_ddp
 from .detect import USUAL_PATTERNS, detect_pattern
 from .files import load_file, load_into, save_file
 from .fold import fold_batch_norm
+from .fuse import fuse_activations
 from .report import LayerReport, Report, report
 from .summary import Summary, WeightSummary, summary
 
@@ -27,6 +28,7 @@ __all__ = [
     "convert",
     "detect_pattern",
     "fold_batch_norm",
+    "fuse_activations",
     "ignore_in_ddp",
     "inductor_options",
     "load_file",

@@ -18,6 +18,7 @@ from ..tensor import KEEPS, Keep, NMTensor, compress
 from ..weights import Weight, weights
 from .detect import detect_pattern, has_nonzero
 from .example import ExampleInput, caller_of, run_example, tokens
+from .fuse import fuse_activations
 from .measure import alternate
 from .report import LayerReport, attach
 from .support import dtensor_type, engine_for, why_not_packed, why_unpacked
@@ -40,6 +41,7 @@ def convert(
     engine: str | None = None,
     keep: Keep = "both",
     dtype: torch.dtype | None = None,
+    fuse: bool = False,
 ) -> nn.Module:
     """Packs the sparse weights of a model: each becomes a frozen ``nn.Parameter`` that holds an `NMTensor`.
 
@@ -70,6 +72,8 @@ def convert(
             too. ``None`` keeps the weights' own. In eager mode autocast casts packed weights once, but a
             compiled graph has no place where a cast weight could stay, and multiplies in the weight's own
             dtype.
+        fuse: Let packed linear layers apply the ReLU, GELU or SiLU that follows them in an ``nn.Sequential``;
+            see `deploy.fuse_activations`. It is not part of what is timed.
 
     Returns:
         ``model``.
@@ -111,9 +115,17 @@ def convert(
         if plan.choice == "packed":
             for module, attr in plan.weight.places:
                 setattr(module, attr, plan.packed)
+    fused = fuse_activations(model) if fuse else {}
+    for plan in plans:
+        activations = {fused[name] for name in map(_module_name, plan.weight.names) if name in fused}
+        plan.reason += "".join(f"; applies {activation}" for activation in activations)
     attach(getattr(model, "_orig_mod", model), [plan.row() for plan in plans])
     ignore_in_ddp(model)
     return model
+
+
+def _module_name(parameter_name: str) -> str:
+    return parameter_name.rpartition(".")[0]
 
 
 def ignore_in_ddp(model: nn.Module) -> None:
