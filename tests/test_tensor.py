@@ -788,5 +788,5 @@ def test_engine_table() -> None:
     saved = pickle.dumps(weight)
     del engines.ENGINES["test"]
     assert pickle.loads(saved).engine == packed(w).engine
-    with pytest.raises(ValueError, match="'decompress', 'dense'.*, got 'test'"):
+    with pytest.raises(ValueError, match=r"'decompress', 'dense'.*, got 'test'"):
         packed(w, engine="test")
