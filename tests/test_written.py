@@ -139,14 +139,16 @@ def test_threads_share_a_weight(weight: NMTensor) -> None:
     """Also while its forms are built anew and cast, which only one of them does."""
     w, x = weight.to_dense(), torch.randn(5, 32)
     errors: list[BaseException] = []
+    # PyTorch's own products may differ in the last bit from thread to thread.
+    check = assert_same_bits if weight.engine == "cpu-panels" else torch.testing.assert_close
 
     def multiply() -> None:
         try:
             for _ in range(30):
-                assert_same_bits(F.linear(x, weight), expected)
-                assert_same_bits(F.linear(x, weight[16:32]), part)
+                check(F.linear(x, weight), expected)
+                check(F.linear(x, weight[16:32]), part)
                 with torch.autocast("cpu", torch.bfloat16):
-                    assert_same_bits(F.linear(x, weight), low)
+                    check(F.linear(x, weight), low)
         except BaseException as error:  # for the main thread
             errors.append(error)
 
