@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import itertools
 import json
 import os
@@ -32,6 +31,7 @@ from torch import Tensor
 
 import nmsparse_ext as nms
 from nmsparse_ext import _build
+from nmsparse_ext._machine import machine as machine
 
 COLD_BYTES = 256 << 20
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -215,33 +215,6 @@ def _bytes(tensor: Tensor) -> ctypes.c_int64:
 
 
 # ------------------------------------------------------------------------------------------------ records
-
-
-def cpu_model() -> str:
-    """Name of the processor, as the system gives it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, str]:
-    """What a measurement was made on."""
-    info = nms.build_info()
-    return {
-        "processor": cpu_model(),
-        "engine": "pure PyTorch" if info.reference else f"{info.cpu_isa} kernels",
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d"),
-        "load": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "",
-    }
 
 
 class Report:

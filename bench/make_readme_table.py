@@ -62,7 +62,7 @@ def table(result: dict[str, Any], key: str = "") -> str:
     lines += [
         "",
         f"{result['what']}{spread} {machine['processor']}, "
-        f"{machine['engine']}, {threads}, torch {machine['torch']}, {machine['date']}.",
+        f"{machine['engine']}, {threads}, torch {machine['torch']}, {machine['date'][:10]}.",
     ]
     return "\n".join(lines) + "\n"
 

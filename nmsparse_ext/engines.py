@@ -151,11 +151,12 @@ def unpack_rows(weight: NMTensor) -> Tensor:
 # ------------------------------------------------------------------------------- decompress: works everywhere
 
 
-def _decompress_linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:
+def unpacked_linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:
+    """An engine's ``linear`` by way of the dense weight, for what it has no kernel for."""
     return F.linear(input, unpack_rows(weight), bias)
 
 
-def _decompress_conv(
+def unpacked_conv(
     op: Callable[..., Tensor],
     input: Tensor,
     weight: NMTensor,
@@ -163,6 +164,7 @@ def _decompress_conv(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
+    """An engine's ``conv`` by way of the dense weight, for what it has no kernel for."""
     return op(input, unpack(weight), bias, *args, **kwargs)
 
 
@@ -172,8 +174,8 @@ register_engine(
     Engine(
         name="decompress",
         why_not=lambda weight: None,
-        linear=_decompress_linear,
-        conv=_decompress_conv,
+        linear=unpacked_linear,
+        conv=unpacked_conv,
     )
 )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._build import extension
 from .conv_panels import conv_pack, conv_restore, conv_unpack, panel_conv, why_no_conv
-from .engines import Engine, portable, register_engine, unpack, unpack_rows
+from .engines import Engine, portable, register_engine, unpacked_conv, unpacked_linear
 from .engines_cpu import cast_panels, panels_of
 from .panels import Panels, transforming, why_no_panels
 
@@ -53,10 +53,6 @@ def _dense_rows(weight: NMTensor) -> Tensor:
     return dense.movedim(1, -1)
 
 
-def _linear(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(input, unpack_rows(weight), bias)
-
-
 def _conv(
     op: Callable[..., Tensor],
     input: Tensor,
@@ -72,7 +68,7 @@ def _conv(
         or _wants_values_grad(weight)
         or transforming()
     ):
-        return op(input, unpack(weight), bias, *args, **kwargs)
+        return unpacked_conv(op, input, weight, bias, *args, **kwargs)
     if torch.is_autocast_enabled("cpu"):
         return _autocast_conv(input, weight, bias, geometry)
     return _convolve(input, weight, panels_of(weight), bias, geometry)
@@ -176,7 +172,7 @@ register_engine(
     Engine(
         name="cpu-conv-panels",
         why_not=_why_not,
-        linear=_linear,
+        linear=unpacked_linear,
         conv=_conv,
         forms=("values", "indices"),
         build=_build,

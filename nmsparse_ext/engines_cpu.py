@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor
 from . import panels as panel_ops
 from ._build import extension
 from ._panel_layout import ACTIVATIONS, PANEL_ROWS
-from .engines import Engine, portable, register_engine, unpack, unpack_rows
+from .engines import Engine, portable, register_engine, unpack_rows, unpacked_conv
 from .panels import Activation, Panels, panel_linear, panel_pack, panel_restore, panel_unpack, transforming
 
 if TYPE_CHECKING:
@@ -34,17 +33,6 @@ def _why_not(weight: NMTensor, rows: int) -> str | None:
         kind = "matrices" if rows == 1 else "stacks of matrices"
         return f"it multiplies {kind}, the weight has {len(weight.rows) + 1} dimensions"
     return panel_ops.why_no_panels(weight.pattern, dtype)
-
-
-def _conv(
-    op: Callable[..., Tensor],
-    input: Tensor,
-    weight: NMTensor,
-    bias: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    return op(input, unpack(weight), bias, *args, **kwargs)
 
 
 def panels_of(weight: NMTensor) -> Panels:
@@ -177,7 +165,7 @@ register_engine(
         name="cpu-expert-panels",
         why_not=_why_no_stack,
         linear=_no_linear,
-        conv=_conv,
+        conv=unpacked_conv,
         forms=("values", "indices"),
         build=_build_stack,
         restore=_restore_stack,
@@ -195,7 +183,7 @@ register_engine(
         name="cpu-panels",
         why_not=lambda weight: _why_not(weight, 1),
         linear=_linear,
-        conv=_conv,
+        conv=unpacked_conv,
         forms=("values", "indices"),
         build=_build,
         restore=_restore,

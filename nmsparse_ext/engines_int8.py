@@ -15,15 +15,14 @@ where sums run over the kept weights of the row; rounding errors being independe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._panel_layout import ACTIVATIONS, INT8_INPUT_DTYPES, MAX_INT8_KEPT, MAX_PANEL_M, PANEL_ROWS
-from .engines import Engine, portable, register_engine, unpack, unpack_rows
+from .engines import Engine, portable, register_engine, unpack_rows, unpacked_conv
 from .int8 import Int8Panels, int8_panels, multiply_int8, panels_of
 from .panels import Activation, transforming
 
@@ -76,23 +75,12 @@ def _linear(
     return y if activation == "none" else getattr(F, activation)(y)
 
 
-def _conv(
-    op: Callable[..., Tensor],
-    input: Tensor,
-    weight: NMTensor,
-    bias: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    return op(input, unpack(weight), bias, *args, **kwargs)
-
-
 register_engine(
     Engine(
         name="cpu-int8",
         why_not=_why_not,
         linear=_linear,
-        conv=_conv,
+        conv=unpacked_conv,
         forms=Int8Panels._fields,
         build=_build,
         activations=tuple(name for name in ACTIVATIONS if name != "none"),

@@ -33,18 +33,12 @@ void switch_dtype(DType dtype, Fn fn) {
 // The types in which gradients come.
 template <class Fn>
 void switch_gradient_dtype(DType dtype, Fn fn) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return fn(DTypeConstant<DType::kFloat64>{});
-    case DType::kFloat32:
-      return fn(DTypeConstant<DType::kFloat32>{});
-    case DType::kBFloat16:
-      return fn(DTypeConstant<DType::kBFloat16>{});
-    case DType::kFloat16:
-      return fn(DTypeConstant<DType::kFloat16>{});
-    default:
-      return;
-  }
+  switch_dtype(dtype, [&](auto type) {
+    constexpr DType kType = decltype(type)::value;
+    if constexpr (kType == DType::kFloat64 || kType == DType::kFloat32 || kType == DType::kBFloat16 ||
+                  kType == DType::kFloat16)
+      fn(type);
+  });
 }
 
 // The usual pattern sizes get loops of known length; 0 stands for all others.

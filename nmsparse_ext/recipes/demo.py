@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 import nmsparse_ext as nms
 from nmsparse_ext import report
+from nmsparse_ext._machine import machine
 from nmsparse_ext.recipes import digits
-from nmsparse_ext.recipes.timing import alternate, machine, threads
+from nmsparse_ext.recipes.timing import alternate, threads
 
 if TYPE_CHECKING:
     from rich.console import Console

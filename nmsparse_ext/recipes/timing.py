@@ -1,4 +1,4 @@
-"""Side-by-side timing for the recipes, and a description of what it was measured on.
+"""Side-by-side timing for the recipes.
 
 The benches under ``bench/`` measure single operations with cold caches. This file is for the demo: a handful
 of calls of everything, in turn, so that a slow moment of the machine hits all candidates alike.
@@ -6,8 +6,6 @@ of calls of everything, in turn, so that a slow moment of the machine hits all c
 
 from __future__ import annotations
 
-import datetime
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-
-import nmsparse_ext as nms
 
 
 @dataclass(frozen=True)
@@ -77,29 +73,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def cpu_model() -> str:
-    """Marketing name of the processor, as the system gives it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, str]:
-    """What a measurement was made on: processor, instruction set, threads, versions, date."""
-    info = nms.build_info()
-    return {
-        "processor": cpu_model(),
-        "engine": "pure PyTorch" if info.reference else f"{info.cpu_isa} kernels",
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-    }

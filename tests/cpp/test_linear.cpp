@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "activated.h"
 #include "check.h"
 #include "core/panel_layout.h"
 #include "cpu/kernels/kernels.h"
@@ -102,19 +103,6 @@ void multiply(DType dtype, Weight& w, int64_t rows, int64_t k, const Array& x, i
   std::unique_ptr<uint8_t[]> memory(new uint8_t[nms::block_memory(problem)]);
   nms::multiply_blocks(problem, 0, half, memory.get());
   nms::multiply_blocks(problem, half, blocks, memory.get());
-}
-
-double activated(nms::Activation activation, double v) {
-  switch (activation) {
-    case nms::Activation::kRelu:
-      return v < 0 ? 0 : v;
-    case nms::Activation::kGelu:
-      return 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
-    case nms::Activation::kSilu:
-      return v / (1 + std::exp(-v));
-    default:
-      return v;
-  }
 }
 
 void check_product(DType dtype, Pattern p, int64_t rows, int64_t k, int64_t batch, bool transposed,

@@ -12,6 +12,7 @@
 #include <random>
 #include <vector>
 
+#include "activated.h"
 #include "check.h"
 #include "core/bits.h"
 #include "core/convert.h"
@@ -172,19 +173,6 @@ void multiply(DType dtype, const Weight& w, int64_t rows, int64_t k, const uint8
   problem.int8.x_scales = x_scales.get();
   Bytes memory(new uint8_t[nms::block_memory(problem)]);
   nms::multiply_blocks(problem, 0, nms::block_count(problem), memory.get());
-}
-
-double activated(nms::Activation activation, double v) {
-  switch (activation) {
-    case nms::Activation::kRelu:
-      return v < 0 ? 0 : v;
-    case nms::Activation::kGelu:
-      return 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
-    case nms::Activation::kSilu:
-      return v / (1 + std::exp(-v));
-    default:
-      return v;
-  }
 }
 
 void check_product(DType dtype, Pattern p, int64_t rows, int64_t k, int64_t batch, bool transposed,
