@@ -127,11 +127,16 @@ def train(
 
 # ---------------------------------------------------------------------------------------------------- study
 
-study = typer.Typer(help="Test the SR-STE paper's claims on small recipes.", no_args_is_help=True)
+study = typer.Typer(help="Put questions to small recipes, by a plan fixed beforehand.", no_args_is_help=True)
 app.add_typer(study, name="study")
 
 PlanOption = Annotated[
-    Path | None, typer.Option("--plan", help="A plan in TOML; by default the library's own.")
+    Path | None,
+    typer.Option(
+        "--plan",
+        help="A plan in TOML, or one of the library's own: study (the SR-STE paper's claims), search_study "
+        "(uniform patterns, DominoSearch, allocation).",
+    ),
 ]
 ResultsArgument = Annotated[
     Path, typer.Argument(help="The file of results (JSON lines).", show_default=False)
@@ -143,6 +148,7 @@ def study_run(
     file: ResultsArgument,
     plan: PlanOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Make at most this many runs.")] = None,
+    only: Annotated[str | None, typer.Option(help="Make the runs of this experiment alone.")] = None,
 ) -> None:
     """Make the runs of the plan that FILE lacks, one after the other, adding a line for each."""
     with _usage_errors():
@@ -153,6 +159,7 @@ def study_run(
             file,
             load_plan(plan),
             limit=limit,
+            only=only,
             report=lambda done, total, record: typer.echo(
                 f"{done}/{total} {record['key']}: {record['test'] or record['validation']}"
             ),
@@ -163,10 +170,10 @@ def study_run(
 @study.command("report")
 def study_report(
     file: ResultsArgument,
-    out: Annotated[Path, typer.Option(help="Folder for study.md and its pictures.")] = Path("."),
+    out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("."),
     plan: PlanOption = None,
 ) -> None:
-    """Write study.md, with tables and plots, from the results in FILE."""
+    """Write the study's page, with tables and plots, from the results in FILE."""
     with _usage_errors():
         from nmsparse_ext.recipes.study.plan import load_plan
         from nmsparse_ext.recipes.study.report import write_report

@@ -46,6 +46,10 @@ class TrainConfig:
         accumulate: Forward and backward passes that an optimizer step's batch is split into.
         method: How to train: dense, ste, sr-ste, or static (the mask is chosen once).
         pattern: n:m, n kept of every m; for dense the one whose mask changes are counted.
+        scheme: A scheme file (`nmsparse search`, `Scheme.save`, DominoSearch text): a pattern per weight,
+            instead of `pattern` and `skip`.
+        start: Start from the weights of this file, as ``model.safetensors`` of a run before, instead of
+            random ones: fine-tuning.
         lambda_w: Strength of SR-STE's pull on pruned weights; by default what the recipe says.
         penalty: Whether that pull goes through the optimizer (gradient, as published) or beside it.
         skip: Names of layers that stay dense; globs allowed. By default what the recipe says.
@@ -71,6 +75,8 @@ class TrainConfig:
     accumulate: int = 1
     method: Literal["dense", "ste", "sr-ste", "static"] = "sr-ste"
     pattern: str = "2:4"
+    scheme: Path | None = None
+    start: Path | None = None
     lambda_w: float | None = None
     penalty: Literal["gradient", "decoupled"] = "gradient"
     skip: list[str] | None = None
@@ -98,6 +104,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be a share of the run, 0 <= warmup < 1, got {self.warmup}")
+        if self.scheme is not None and self.skip is not None:
+            raise ValueError("scheme says which weights stay dense: skip cannot be given beside it")
+        for name in ("scheme", "start"):
+            if (file := getattr(self, name)) is not None and not Path(file).is_file():
+                raise ValueError(f"{name}: there is no file {file}")
         if self.resume and self.out is None:
             raise ValueError("resume needs out, the folder with the checkpoint")
 

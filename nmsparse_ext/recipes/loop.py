@@ -92,6 +92,8 @@ class _Run:
         # The same weights in every process.
         seed_everything(config.seed, Place.WEIGHTS)
         self.plain = task.build_model().to(process.device)
+        if config.start is not None:
+            start_from(self.plain, config.start)
         self.optimizer = task.build_optimizer(self.plain)
         self.steps = config.epochs * task.steps_per_epoch
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -99,11 +101,13 @@ class _Run:
         )
         self.lambda_w = 0.0
         if config.method == "sr-ste":
-            asked = config.lambda_w
-            self.lambda_w = task.default_lambda(self.plain) if asked is None else asked
+            given = config.lambda_w
+            self.lambda_w = task.default_lambda(self.plain) if given is None else given
         self.scheme = task.scheme(self.plain)
-        if not self.scheme:
-            raise ValueError(f"no weight of the model can be {config.pattern}: {dict(self.scheme.dense)}")
+        sparse = self.scheme.resolve(self.plain)
+        if not sparse:
+            asked = config.pattern if config.scheme is None else f"sparse by {config.scheme}"
+            raise ValueError(f"no weight of the model can be {asked}: {dict(self.scheme.dense)}")
         # The one line that makes the model sparse; the loop below is an ordinary one.
         self.sparsifier = nms.Sparsifier(
             self.plain,
@@ -113,8 +117,7 @@ class _Run:
             lambda_w=self.lambda_w,
             penalty=config.penalty,
         )
-        weights = dict(self.plain.named_parameters())
-        self.prunable = sum(weights[name].numel() for name in self.scheme)
+        self.prunable = sum(weight.parameter.numel() for weight in sparse.values())
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=config.amp == "fp16")
         self.rows: list[Row] = []
         self.seen = 0  # SAD entries that the rows so far account for
@@ -265,9 +268,23 @@ def _grouped(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
+def start_from(model: nn.Module, path: Path) -> None:
+    """Gives a model the weights of a file; packed ones are unpacked, so that all can be trained.
+
+    Raises:
+        ValueError: If names or shapes of the file and the model differ.
+    """
+    loaded = {
+        name: tensor.to_dense() if isinstance(tensor, nms.NMTensor) else tensor
+        for name, tensor in nms.load_file(path).items()
+    }
+    try:
+        model.load_state_dict(loaded)
+    except RuntimeError as error:
+        raise ValueError(f"start: {path} does not match the model:\n  {error}") from None
+
+
 def out_folder(config: TrainConfig, name: str) -> Path:
-    """The folder of a run that was given none: ``runs/NAME-METHOD-PATTERN-SEED``."""
-    return (
-        config.out
-        or Path("runs") / f"{name}-{config.method}-{config.pattern.replace(':', '-')}-{config.seed}"
-    )
+    """The folder of a run that was given none: ``runs/NAME-METHOD-PATTERN-SEED``, or the scheme's name."""
+    pattern = config.scheme.stem if config.scheme is not None else config.pattern.replace(":", "-")
+    return config.out or Path("runs") / f"{name}-{config.method}-{pattern}-{config.seed}"

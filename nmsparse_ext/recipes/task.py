@@ -91,6 +91,8 @@ class Task(ABC):
 
     def scheme(self, model: nn.Module) -> nms.Scheme:
         """The pattern of every weight that becomes sparse."""
+        if self.config.scheme is not None:
+            return nms.Scheme.load(self.config.scheme, model)
         skip = self.config.skip if self.config.skip is not None else list(self.dense_layers(model))
         return nms.Scheme.uniform(model, self.config.pattern, skip=skip)
 

@@ -15,10 +15,11 @@ pytest.importorskip("scipy", reason="the train extra is not installed")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmsparse_ext.recipes.study.comparisons import compare_all, figures_by_seed
 from nmsparse_ext.recipes.study.plan import load_plan
-from nmsparse_ext.recipes.study.report import render, write_report
+from nmsparse_ext.recipes.study.report import write_report
 from nmsparse_ext.recipes.study.runs import read_records, run_study
+from nmsparse_ext.recipes.study.sr_ste.comparisons import compare_all, figures_by_seed
+from nmsparse_ext.recipes.study.sr_ste.report import render
 from nmsparse_ext.recipes.study.statistics import compare, holm, mean_interval
 
 PLAN = """

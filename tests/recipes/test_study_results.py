@@ -10,8 +10,8 @@ pytest.importorskip("scipy", reason="the train extra is not installed")
 pytest.importorskip("sklearn", reason="the train extra is not installed")
 
 from nmsparse_ext.recipes.study.plan import load_plan
-from nmsparse_ext.recipes.study.report import render, short_table
 from nmsparse_ext.recipes.study.runs import read_records
+from nmsparse_ext.recipes.study.sr_ste.report import render, short_table
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,8 +14,8 @@ from typing import IO, Any
 import torch
 
 import nmsparse_ext as nms
-from nmsparse_ext.recipes.loop import Outcome, train
-from nmsparse_ext.recipes.study.plan import Job, Plan, Record
+from nmsparse_ext.recipes.loop import Outcome
+from nmsparse_ext.recipes.study.plan import Plan, Record
 
 
 def read_records(path: Path, digest: str | None = None) -> dict[str, Record]:
@@ -48,27 +48,29 @@ def read_records(path: Path, digest: str | None = None) -> dict[str, Record]:
 
 def run_study(
     path: Path,
-    plan: Plan,
+    plan: Plan[Any, Any],
     *,
     limit: int | None = None,
+    only: str | None = None,
     report: Callable[[int, int, Record], None] | None = None,
 ) -> bool:
     """Make the runs that are not in the file yet, adding a line for each.
 
-    A run does not depend on when, or how fast, it is made, nor on the runs before it, except for the lambda
-    that the selection stage has chosen.
+    A run does not depend on when, or how fast, it is made, nor on the runs before it, except for what the
+    plan chooses by them.
 
     Args:
         path: The file of results; made if missing.
         plan: The plan.
         limit: Make no more than this many runs.
+        only: Make the runs of this experiment alone. Files of several experiments may be strung together.
         report: Called with (runs there are, runs there will be, result) after each.
 
     Returns:
-        Whether the study is complete.
+        Whether the study, or the experiment, is complete.
 
     Raises:
-        ValueError: If the file is of another plan.
+        ValueError: If the file is of another plan, or there is no such experiment.
         BlockingIOError: If another process is adding to the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,69 +78,41 @@ def run_study(
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _drop_torn_line(file)
         records = read_records(path, plan.digest)
-        jobs = list(plan.jobs())
+        wanted = None if only is None else plan.experiment(only).name
+        jobs = [job for job in plan.jobs() if wanted in (None, job.experiment)]
         missing = [job for job in jobs if job.key not in records]
         for job in missing[:limit]:
-            record = run_job(job, plan, records)
+            record = {"key": job.key, "plan": plan.digest, **plan.run(job, records), **_circumstances()}
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
             records[job.key] = record
             if report is not None:
-                report(len(records), len(jobs), record)
+                report(sum(job.key in records for job in jobs), len(jobs), record)
         return all(job.key in records for job in jobs)
 
 
-def run_job(job: Job, plan: Plan, records: dict[str, Record]) -> Record:
-    """Make one run.
-
-    Args:
-        job: The run.
-        plan: The plan it is of.
-        records: The runs so far, which a chosen lambda is looked up in.
-
-    Returns:
-        Its result, as plain JSON types.
-    """
-    experiment = plan.experiment(job.experiment)
-    if job.lambda_w is not None:
-        lambda_w = job.lambda_w
-    elif job.method == "sr-ste":
-        lambda_w = experiment.chosen_lambda(job.arm, job.pattern, records)
-    else:
-        lambda_w = 0.0
-    task = experiment.task(job, lambda_w)
-    outcome = train(task)
+def _circumstances() -> dict[str, str]:
+    """What a run was made with, and when."""
     return {
-        "key": job.key,
-        "plan": plan.digest,
-        "experiment": job.experiment,
-        "stage": job.stage,
-        "arm": job.arm,
-        "pattern": job.pattern,
-        "seed": job.seed,
-        "lambda_w": outcome.lambda_w,
-        **_figures(outcome),
-        "data": task.describe(),
-        "cpu_seconds": round(outcome.cpu_seconds, 2),
         "torch": torch.__version__,
         "isa": str(nms.build_info().cpu_isa),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _figures(outcome: Outcome) -> dict[str, Any]:
+def figures_of(outcome: Outcome) -> dict[str, Any]:
     """What is kept of a run: the last validation figures, the test figures, and the curves."""
     last = outcome.rows[-1]
     return {
         "validation": {
-            name.removeprefix("validation_"): _finite(value)
+            name.removeprefix("validation_"): finite_or_none(value)
             for name, value in last.items()
             if name.startswith("validation_")
         },
-        "test": {name.removeprefix("test_"): _finite(value) for name, value in outcome.test.items()},
-        "curve": [_finite(row["validation_loss"]) for row in outcome.rows],
-        "train_loss": [_finite(row["train_loss"]) for row in outcome.rows],
+        "test": {name.removeprefix("test_"): finite_or_none(value) for name, value in outcome.test.items()},
+        "curve": [finite_or_none(row["validation_loss"]) for row in outcome.rows],
+        "train_loss": [finite_or_none(row["train_loss"]) for row in outcome.rows],
         "sad": [row["sad"] for row in outcome.rows],
         "sad_from_start": outcome.sad_from_start / outcome.prunable,
         "steps": len(outcome.sad),
@@ -146,7 +120,7 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """JSON has no NaN and no infinity: a run that has diverged says null."""
     return round(value, 6) if math.isfinite(value) else None
 

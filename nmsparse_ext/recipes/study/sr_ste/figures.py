@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nmsparse_ext.recipes.study.comparisons import LABELS, figures_by_seed
-from nmsparse_ext.recipes.study.plan import Experiment, Record
+from nmsparse_ext.recipes.study.plan import Records
+from nmsparse_ext.recipes.study.sr_ste.comparisons import LABELS, figures_by_seed
+from nmsparse_ext.recipes.study.sr_ste.plan import Experiment
 from nmsparse_ext.recipes.study.statistics import mean_interval
 from nmsparse_ext.report import COLOURS, save_png
 
@@ -20,7 +20,7 @@ SHADES = {**COLOURS, "sr-ste-decoupled": "#3b6fd4", "sweep": "#3b6fd4"}
 AXIS = {"accuracy": "test accuracy (%)", "loss": "test loss (nats per token)"}
 
 
-def save_figure(experiment: Experiment, records: Mapping[str, Record], path: Path, alpha: float) -> Path:
+def save_figure(experiment: Experiment, records: Records, path: Path, alpha: float) -> Path:
     """Draw one experiment as a PNG of three panels."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ def save_figure(experiment: Experiment, records: Mapping[str, Record], path: Pat
         return save_png(figure, path)
 
 
-def draw_metric(axes: Axes, experiment: Experiment, records: Mapping[str, Record], alpha: float) -> None:
+def draw_metric(axes: Axes, experiment: Experiment, records: Records, alpha: float) -> None:
     """The metric by pattern: every seed a dot, the mean with its interval beside them."""
     arms = ("dense", "ste", *experiment.arms)
     scale = _scale(experiment)
@@ -57,7 +57,7 @@ def draw_metric(axes: Axes, experiment: Experiment, records: Mapping[str, Record
     axes.legend(fontsize=9)
 
 
-def draw_sad(axes: Axes, experiment: Experiment, records: Mapping[str, Record]) -> None:
+def draw_sad(axes: Axes, experiment: Experiment, records: Records) -> None:
     """SAD over the run at the pattern of the sweep: means over the seeds, epoch by epoch."""
     from matplotlib.ticker import MaxNLocator
 
@@ -88,7 +88,7 @@ def draw_sad(axes: Axes, experiment: Experiment, records: Mapping[str, Record]) 
     axes.legend(fontsize=9)
 
 
-def draw_sweep(axes: Axes, experiment: Experiment, records: Mapping[str, Record], alpha: float) -> None:
+def draw_sweep(axes: Axes, experiment: Experiment, records: Records, alpha: float) -> None:
     """The metric over lambda at the pattern of the sweep; STE is lambda 0."""
     pattern, scale = experiment.sweep_pattern, _scale(experiment)
     points: dict[float, dict[int, float]] = {}
@@ -109,7 +109,7 @@ def draw_sweep(axes: Axes, experiment: Experiment, records: Mapping[str, Record]
     axes.set_title(f"λ at {pattern}")
 
 
-def _values(records: Mapping[str, Record], experiment: Experiment, arm: str, pattern: str) -> list[float]:
+def _values(records: Records, experiment: Experiment, arm: str, pattern: str) -> list[float]:
     found = figures_by_seed(records, experiment, arm, pattern, experiment.metric)
     return [value for value in found.values() if value is not None]
 

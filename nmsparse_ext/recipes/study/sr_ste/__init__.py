@@ -1,0 +1,1 @@
+"""The claims of the SR-STE paper, tested on small recipes."""
