@@ -1,6 +1,6 @@
-"""Fills the README's tables from the result files of the benches.
+"""Fills the tables of the README and of docs/benchmarks.md from the result files of the benches.
 
-    python bench/make_readme_table.py            # rewrite README.md
+    python bench/make_readme_table.py            # rewrite both
     python bench/make_readme_table.py --check    # exit code 1 if it would change
 
 Between ``<!-- table: NAME ... -->`` and ``<!-- end of table -->`` stands what the file
@@ -11,7 +11,7 @@ Between ``<!-- table: NAME ... -->`` and ``<!-- end of table -->`` stands what t
 - "rows": one object a row of the table, with the same keys in all. A value is a text; a timing {"median",
   "low", "high"} in seconds (low and high: the middle half); or {"ratio": x} or {"share": x}, which print as
   "62x" and "85 %";
-- "summary", if there is one: rows of the same kind, which stand in the README instead of all the others.
+- "summary", if there is one: rows of the same kind, which stand in the table instead of all the others.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 TABLE = re.compile(r"(<!-- table: ([\w.]+)[^\n]*-->\n)(.*?)(<!-- end of table -->)", flags=re.DOTALL)
 
 
@@ -67,8 +68,8 @@ def table(result: dict[str, Any], key: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
-def filled(readme: str, results: Path) -> str:
-    """The README with every table made anew; where there is no result file, it says so."""
+def filled(page: str, results: Path) -> str:
+    """The page with every table made anew; where there is no result file, it says so."""
 
     def one(match: re.Match[str]) -> str:
         opening, name, _, end = match.groups()
@@ -80,26 +81,29 @@ def filled(readme: str, results: Path) -> str:
             body = "No measurement is stored here yet; `make bench` makes one of your machine.\n"
         return opening + body + end
 
-    return TABLE.sub(one, readme)
+    return TABLE.sub(one, page)
 
 
 def main() -> int:
-    """Rewrite or check the README; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Fill the README's tables from bench/results/*.json.")
+    """Rewrite or check the pages; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Fill the tables of our pages from bench/results/*.json.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if something would")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, action="append", help="another page than ours")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     arguments = parser.parse_args()
-    before = arguments.readme.read_text(encoding="utf-8")
-    after = filled(before, arguments.results)
-    if arguments.check:
+    outdated = []
+    for page in arguments.page or PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = filled(before, arguments.results)
         if after != before:
-            print(
-                f"{arguments.readme} is out of date: run python bench/make_readme_table.py", file=sys.stderr
-            )
-        return int(after != before)
-    arguments.readme.write_text(after, encoding="utf-8")
-    return 0
+            outdated.append(page)
+            if not arguments.check:
+                page.write_text(after, encoding="utf-8")
+    if not arguments.check:
+        return 0
+    for page in outdated:
+        print(f"{page} is out of date: run python bench/make_readme_table.py", file=sys.stderr)
+    return int(bool(outdated))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,6 @@ def test_dry_run(tmp_path: Path) -> None:
     assert len(json.loads(out.read_text())["rows"]) == 4
     readme = tmp_path / "README.md"
     readme.write_text("<!-- table: int8_cpu (how) -->\n<!-- end of table -->\n")
-    table = [sys.executable, str(BENCH / "make_readme_table.py"), "--readme", str(readme)]
+    table = [sys.executable, str(BENCH / "make_readme_table.py"), "--page", str(readme)]
     subprocess.run([*table, "--results", str(tmp_path)], check=True)
     assert "| 1:16 | 64x128 | 4 |" in readme.read_text()

@@ -65,7 +65,7 @@ def test_a_table_is_made_of_its_result_file(tmp_path):
     ]
     machine = {"processor": "CPU", "engine": "avx2", "threads": 2, "torch": "2.13.0", "date": "2030-01-01"}
     (tmp_path / "some_bench.json").write_text(json.dumps({"machine": machine, "what": "Call.", "rows": rows}))
-    command = [sys.executable, str(ROOT / "bench" / "make_readme_table.py"), "--readme", str(readme)]
+    command = [sys.executable, str(ROOT / "bench" / "make_readme_table.py"), "--page", str(readme)]
     command += ["--results", str(tmp_path)]
     assert subprocess.run([*command, "--check"], capture_output=True).returncode == 1
     assert subprocess.run(command).returncode == 0
