@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from .deploy.fold import fold_batch_norm
     from .deploy.summary import summary
     from .scheme import Scheme
+    from .search import Budget
     from .train import Sparsifier
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "FormatError",
     "NMTensor",
     "Pattern",
@@ -56,6 +58,7 @@ __all__ = [
 
 # name -> the module that brings it, imported at first use: pruning does not wait for training and files.
 _LAZY = {
+    "Budget": "search",
     "Scheme": "scheme",
     "Sparsifier": "train",
     "build_info": "_build",
@@ -69,7 +72,7 @@ _LAZY = {
 
 
 # Rooms with more than what stands here, such as `nms.train.Rule` or `nms.optim.SGD`.
-_ROOMS = ("deploy", "optim", "train")
+_ROOMS = ("deploy", "optim", "search", "train")
 
 
 def __getattr__(name: str) -> Any:

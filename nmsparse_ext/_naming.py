@@ -43,6 +43,23 @@ def is_named(names: Iterable[str], weight: Weight) -> bool:
     return any(name in (full, full.rpartition(".")[0]) for name in names for full in weight.names)
 
 
+def why_left_dense(weight: Weight, skip: Iterable[str], include: tuple[str, ...] | None) -> str | None:
+    """Returns why ``weight`` stays dense whatever the pattern, or ``None`` if it may be pruned.
+
+    Args:
+        weight: The weight.
+        skip: Globs of what stays dense; see `check_globs`.
+        include: Globs of what may be pruned, ``None`` for everything. What stays dense unless it is named
+            needs its full name here.
+    """
+    if (glob := first_match(skip, weight)) is not None:
+        return f"skipped by {glob!r}"
+    if include is not None and first_match(include, weight) is None:
+        return "not included"
+    named = weight.group_dim is not None and is_named(include or (), weight)
+    return None if named else weight.dense_because
+
+
 def unknown_name(key: str, model: nn.Module) -> str:
     """Returns the error text for a name that is none of the model's weights."""
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -117,6 +117,10 @@ class Pattern:
         """Number of groups along a group dim of size ``k``, a short last one included."""
         return -(-k // self.m)
 
+    def kept(self, k: int) -> int:
+        """How many of ``k`` weights along the group dim are kept; a short last group keeps up to ``n``."""
+        return k // self.m * self.n + min(k % self.m, self.n)
+
     def packed_bytes(self, shape: Sequence[int], group_dim: int, itemsize: int) -> int:
         """Bytes of the packed form (values and indices) of a weight.
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ._naming import check_globs, first_match, is_named, unknown_name
+from ._naming import check_globs, unknown_name, why_left_dense
 from .pattern import Pattern
 from .registry import register_module
 from .weights import Weight, canonical_name, prunable_weights, weights
@@ -183,14 +183,7 @@ class Scheme(Mapping[str, Pattern]):
         patterns: dict[str, Pattern] = {}
         dense: dict[str, str] = {}
         for weight in listed:
-            because = weight.dense_because
-            if because is not None and weight.group_dim is not None and is_named(includes or (), weight):
-                because = None
-            if (glob := first_match(skips, weight)) is not None:
-                because = f"skipped by {glob!r}"
-            elif includes is not None and first_match(includes, weight) is None:
-                because = "not included"
-            because = because or weight.misfit(pattern)
+            because = why_left_dense(weight, skips, includes) or weight.misfit(pattern)
             if because is None:
                 patterns[weight.name] = pattern
             else:

@@ -65,6 +65,27 @@ class Weight:
             return f"{has}, not a multiple of m = {pattern.m}"
         return None
 
+    def kept(self, pattern: Pattern | None, total: int | None = None) -> int:
+        """How much of ``total`` (by default the number of weights) is left with ``pattern``.
+
+        Args:
+            pattern: The pattern; ``None`` means dense, where all of it is left.
+            total: What every weight has an equal share in, such as the MACs.
+        """
+        shape = self.parameter.shape
+        total = shape.numel() if total is None else total
+        if pattern is None or self.group_dim is None:
+            return total
+        k = shape[self.group_dim]
+        return total * pattern.kept(k) // k if k else 0
+
+    def nbytes(self, pattern: Pattern | None) -> int:
+        """Bytes of the weight, packed as ``pattern`` (values and indices); ``None`` means dense."""
+        shape, itemsize = self.parameter.shape, self.parameter.itemsize
+        if pattern is None or self.group_dim is None:
+            return shape.numel() * itemsize
+        return pattern.packed_bytes(shape, self.group_dim, itemsize)
+
 
 class _Place(NamedTuple):
     name: str

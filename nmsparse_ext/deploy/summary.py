@@ -154,19 +154,18 @@ def _detected(weight: Weight) -> tuple[Pattern | None, str]:
 
 
 def _row(weight: Weight, pattern: Pattern | None, reason: str, macs: int | None) -> WeightSummary:
-    shape, itemsize = tuple(weight.parameter.shape), weight.parameter.itemsize
-    params = kept = weight.parameter.shape.numel()
-    nbytes = dense_bytes = params * itemsize
-    kept_macs = macs
-    if pattern is not None and weight.group_dim is not None:
-        # A short last group keeps at most what it has, so count groups of whole rows.
-        k = shape[weight.group_dim]
-        kept_of_k = k // pattern.m * pattern.n + min(k % pattern.m, pattern.n)
-        kept = params // k * kept_of_k if k else 0
-        kept_macs = None if macs is None else macs * kept_of_k // k if k else 0
-        nbytes = pattern.packed_bytes(shape, weight.group_dim, itemsize)
-    text = None if pattern is None else str(pattern)
-    held = weight.parameter.held_nbytes if isinstance(weight.parameter, NMTensor) else dense_bytes
+    parameter = weight.parameter
+    dense_bytes = weight.nbytes(None)
     return WeightSummary(
-        weight.name, shape, text, reason, params, kept, macs, kept_macs, dense_bytes, nbytes, held
+        name=weight.name,
+        shape=tuple(parameter.shape),
+        pattern=None if pattern is None else str(pattern),
+        reason=reason,
+        params=weight.kept(None),
+        kept=weight.kept(pattern),
+        macs=macs,
+        kept_macs=None if macs is None else weight.kept(pattern, macs),
+        dense_bytes=dense_bytes,
+        bytes=weight.nbytes(pattern),
+        held_bytes=parameter.held_nbytes if isinstance(parameter, NMTensor) else dense_bytes,
     )

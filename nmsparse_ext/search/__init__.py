@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from .budget import Budget
+from .constraints import Candidates, Constraints, find_candidates
+from .costs import Cost, Costs
 from .erk import Erk, erk_densities
 
-__all__ = ["Erk", "erk_densities"]
+__all__ = [
+    "Budget",
+    "Candidates",
+    "Constraints",
+    "Cost",
+    "Costs",
+    "Erk",
+    "erk_densities",
+    "find_candidates",
+]
