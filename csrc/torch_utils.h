@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -61,6 +62,11 @@ inline std::vector<int64_t> strides_of(const Tensor& t) {
   return strides;
 }
 
+inline bool has_sizes(const Tensor& t, const std::vector<int64_t>& sizes) {
+  const auto own = t.sizes();
+  return std::equal(own.begin(), own.end(), sizes.begin(), sizes.end());
+}
+
 inline int64_t product(const std::vector<int64_t>& sizes) {
   int64_t total = 1;
   for (int64_t size : sizes) total *= size;
@@ -97,6 +103,9 @@ inline void check_same_shape(const Tensor& a, const Tensor& b, const char* names
   NMS_CHECK(sizes_of(a) == sizes_of(b), names, " must have the same shape");
 }
 
+// torch::stable::contiguous asks the dispatcher even where there is nothing to do.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 inline void check_same_device(const Tensor& a, const Tensor& b, const char* names) {
   NMS_CHECK(a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index(), names,
             " must be on the same device");
@@ -127,8 +136,18 @@ inline void check_prune_outputs(const Tensor& w, const Tensor& out, const std::o
   if (bits) check_bits(*bits, w, dim);
 }
 
+// A new contiguous tensor on the device of `like`. torch::stable::new_empty finds the same by name in the dispatcher,
+// which takes about as long as the product of a small layer.
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, like.get_device_index(), &made));
+  return Tensor(made);
 }
 
 // Like the constructor's answer to torch.empty_like: the same strides where `like` is dense in memory.

@@ -97,6 +97,16 @@ def _bump_versions(name: str, mutated: tuple[str, ...]) -> Callable[..., None]:
     return kernel
 
 
+#: An overload of panel_linear that autograd passes over, for calls that have made sure that no gradients are
+#: wanted: the kernel that records them is Python, and takes as long as the product of a small layer.
+WITHOUT_GRADIENTS = "panel_linear.without_gradients"
+_library.define(
+    schema_of("panel_linear").replace("panel_linear(", f"{WITHOUT_GRADIENTS}("),
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl(WITHOUT_GRADIENTS, reference.panel_linear, "CompositeExplicitAutograd")
+_library.impl(WITHOUT_GRADIENTS, torch.library.fallthrough_kernel, "Autograd")
+
 for _name, _mutated in MUTATED_ARGS.items():
     if extension is None:
         _library.define(schema_of(_name), tags=(torch.Tag.pt2_compliant_tag,))
@@ -322,6 +332,9 @@ def _fake_panel_linear(
 ) -> Tensor:
     panel_checks.check_panel_linear(x, value_panels, index_panels, bias, n, m, rows, k, activation)
     return x.new_empty((*x.shape[:-1], rows))
+
+
+torch.library.register_fake(f"{NAMESPACE}::{WITHOUT_GRADIENTS}", _fake_panel_linear, lib=_library)
 
 
 @_fake

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import panels as panel_ops
 from ._build import extension
@@ -46,6 +47,10 @@ def panels_of(weight: NMTensor) -> Panels:
 # --------------------------------------------------------------------------------------------------- matrices
 
 
+# Past a wrapper in Python that adds nothing.
+_panel_linear = torch.ops.nmsparse.panel_linear.without_gradients._op
+
+
 def _build(weight: NMTensor) -> tuple[Tensor, Tensor]:
     return panel_pack(*portable(weight), weight.pattern, k=weight.k)
 
@@ -61,6 +66,21 @@ def _dense_rows(weight: NMTensor) -> Tensor:
 def _linear(
     input: Tensor, weight: NMTensor, bias: Tensor | None = None, activation: Activation = "none"
 ) -> Tensor:
+    # The common call of inference comes first, and is spelled out: around the product of a small layer Python
+    # takes as long as the product.
+    if (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and (bias is None or bias.shape == weight.rows)
+        and forward_ad._current_level < 0
+        and torch._C._functorch.maybe_current_level() is None
+    ):
+        if weight.shared is not None:
+            weight.shared.refresh()
+        n, m, rows, k = weight.pattern.n, weight.pattern.m, weight.rows[0], weight.k
+        values, indices = weight.form_values, weight.form_indices  # type: ignore[attr-defined]
+        return _panel_linear(input, values, indices, bias, n, m, rows, k, activation)
     values = weight.packed_values
     if (values is not None and values.requires_grad and torch.is_grad_enabled()) or transforming():
         # A gradient for the values, or forward-mode derivatives (which PyTorch drops in silence at ops such

@@ -374,7 +374,7 @@ class NMTensor(torch.Tensor):
     ) -> Any:
         handler = FUNCTIONS.get(func)
         if handler is not None:
-            return handler(*args, **(kwargs or {}))
+            return handler(*args, **kwargs) if kwargs else handler(*args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 

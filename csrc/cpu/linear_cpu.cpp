@@ -127,6 +127,7 @@ STABLE_TORCH_LIBRARY_IMPL(nmsparse, CPU, m) {
   m.impl("panel_restore", TORCH_BOX(&panel_restore_cpu));
   m.impl("panel_unpack", TORCH_BOX(&panel_unpack_cpu));
   m.impl("panel_linear", TORCH_BOX(&panel_linear_cpu));
+  m.impl("panel_linear.without_gradients", TORCH_BOX(&panel_linear_cpu));  // defined in _ops.py
 }
 
 }  // namespace nms

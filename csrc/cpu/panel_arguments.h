@@ -54,11 +54,11 @@ inline void check_panel_shapes(const Tensor& value_panels, const Tensor& index_p
   NMS_CHECK(rows >= 0 && k >= 0, "rows and k must not be negative, got ", rows, " and ", k);
   check_panel_values(value_panels, "value_panels");
   const PanelLayout layout = layout_of(value_panels, n, m, k);
-  NMS_CHECK(value_panels.is_contiguous() && sizes_of(value_panels) == value_sizes(layout, rows),
+  NMS_CHECK(value_panels.is_contiguous() && has_sizes(value_panels, value_sizes(layout, rows)),
             "value_panels must be contiguous, of the shape that panel_pack gives for ", rows, " rows of ", k, " in ", n,
             ":", m);
   NMS_CHECK(index_panels.scalar_type() == ScalarType::Int && index_panels.is_contiguous() &&
-                sizes_of(index_panels) == index_sizes(layout, rows),
+                has_sizes(index_panels, index_sizes(layout, rows)),
             "index_panels must be contiguous int32, of the shape that panel_pack gives for ", rows, " rows of ", k,
             " in ", n, ":", m);
   check_same_device(value_panels, index_panels, "value_panels and index_panels");
@@ -79,7 +79,7 @@ inline void check_product_operands(const Tensor& x, const Tensor& value_panels, 
   NMS_CHECK(bias->dim() == 1 && bias->size(0) == rows && bias->scalar_type() == x.scalar_type(), "bias must have ",
             rows, " elements of the dtype of x");
   check_same_device(x, *bias, "x and bias");
-  bias = torch::stable::contiguous(*bias);
+  bias = as_contiguous(*bias);
 }
 
 inline Activation activation_of(const std::string& name) {
