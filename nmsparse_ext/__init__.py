@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .deploy.summary import summary
     from .scheme import Scheme
     from .search import Budget
+    from .search.allocate import allocate
     from .train import Sparsifier
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "Pattern",
     "Scheme",
     "Sparsifier",
+    "allocate",
     "build_info",
     "compress",
     "convert",
@@ -61,6 +63,7 @@ _LAZY = {
     "Budget": "search",
     "Scheme": "scheme",
     "Sparsifier": "train",
+    "allocate": "search",
     "build_info": "_build",
     "convert": "deploy",
     "fold_batch_norm": "deploy",

@@ -1,0 +1,199 @@
+"""``allocate``: a pattern per weight in one shot, optimal for a criterion within a budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..pattern import Pattern
+from ..scheme import Scheme
+from .budget import Amount, Budget
+from .constraints import Candidate, Candidates, Constraints, find_candidates
+from .costs import Cost, Costs, Latency, amount
+from .criteria import CRITERIA, Losses, magnitude_losses, taylor_losses
+from .solve import Option, choose
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What `allocate` returns.
+
+    Attributes:
+        scheme: The pattern of every searched weight that is to be sparse; the others stand in
+            ``scheme.dense`` with the reason.
+        objective: The loss that was minimised: the sum over the weights of what they lose by the criterion.
+        bound: No scheme of these candidates within the budget loses less; up to the solver's tolerance of
+            1e-6.
+        kept: Which part of everything that could be lost is kept, ``1 - objective / total``.
+        costs: What the scheme costs.
+        dense: What the dense model costs.
+        limits: The budget in absolute numbers.
+        losses: ``{name: {candidate: loss}}`` of the searched weights.
+        seconds: Wall time of the parts: "costs", "criterion", "solver".
+    """
+
+    scheme: Scheme
+    objective: float
+    bound: float
+    kept: float
+    costs: Cost
+    dense: Cost
+    limits: Mapping[str, float]
+    losses: Mapping[str, Mapping[Pattern, float]]
+    seconds: Mapping[str, float]
+
+    @property
+    def gap(self) -> float:
+        """How much of `objective` the best scheme could save at most, relative; 0 where it is optimal."""
+        return max(0.0, (self.objective - self.bound) / self.objective) if self.objective > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON types."""
+        return {
+            "scheme": {name: str(pattern) for name, pattern in self.scheme.items()},
+            "stays_dense": dict(self.scheme.dense),
+            "objective": self.objective,
+            "bound": self.bound,
+            "gap": self.gap,
+            "kept": self.kept,
+            "costs": self.costs.as_dict(),
+            "dense": self.dense.as_dict(),
+            "limits": dict(self.limits),
+            "seconds": dict(self.seconds),
+        }
+
+    def __str__(self) -> str:
+        costs, dense = self.costs.as_dict(), self.dense.as_dict()
+        lines = [str(self.scheme)]
+        for metric, cost in costs.items():
+            limit = f", budget {amount(metric, self.limits[metric])}" if metric in self.limits else ""
+            share = f" ({cost / dense[metric]:.1%})" if dense[metric] else ""
+            of = f"{amount(metric, cost)} of {amount(metric, dense[metric])}"
+            lines.append(f"{metric:<8} {of}{share}{limit}")
+        lines.append(f"kept     {self.kept:.4%} of the criterion; proven within {self.gap:.2e} of the best")
+        lines.append("seconds  " + ", ".join(f"{part} {time:.2f}" for part, time in self.seconds.items()))
+        return "\n".join(lines)
+
+
+def allocate(
+    model: nn.Module,
+    budget: Budget | Mapping[str, Amount],
+    *,
+    m: int = 16,
+    candidates: Iterable[Candidate] | None = None,
+    skip: Iterable[str] = (),
+    constraints: Constraints | None = None,
+    criterion: str = "magnitude",
+    relative: bool | None = None,
+    step: Callable[[nn.Module], Tensor] | None = None,
+    steps: int = 8,
+    example_input: object = None,
+    latency: Latency | None = None,
+    max_gap: float = 1e-6,
+    max_seconds: float = 20.0,
+) -> Allocation:
+    """Chooses a pattern for every weight: least is lost by a criterion, and the budget holds.
+
+    The losses of all candidates come from one sort of each group, and the choice from branch and bound with a
+    proof of how close to the optimum it is. No training is involved, and the model is not changed.
+
+    Args:
+        model: The model, dense and trained.
+        budget: What may be left; several limits hold all at once. See `Budget` and `Costs`.
+        m: The group size.
+        candidates: What a weight may become; ``None`` for n a power of two up to ``m``, where ``m:m`` is
+            dense. Several m may be mixed. Dense is a candidate only if a pattern with ``n == m`` is.
+        skip: What stays dense: names, module names, or globs of either.
+        constraints: Further constraints per weight.
+        criterion: What a pruned weight loses the model. ``"magnitude"``: its square. ``"taylor"``: the square
+            of weight times gradient, the mean over ``steps`` calls of ``step``.
+        relative: Whether a weight's loss counts as a part of what it has to lose, so that all weights matter
+            alike whatever their scale. By default absolute.
+        step: ``step(model) -> loss`` on a batch of its own choice, as for `domino_search`; for "taylor".
+            It calls no backward.
+        steps: How often it is called.
+        example_input: What the model is called with: a tensor, a tuple of arguments or a mapping of keyword
+            arguments. A budget of MACs or latency needs it.
+        latency: Seconds of a layer with a pattern, if not to be measured: ``(name, pattern or None)``.
+        max_gap: Stop when the scheme is proven to lose no more than the best by this part.
+        max_seconds: The longest that the solver may take; the scheme is then the best found, and its gap what
+            was proven.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is not allowed, a weight is not finite, or the budget cannot be reached.
+        ModuleNotFoundError: If SciPy is missing (``pip install nmsparse_ext[search]``).
+
+    Example:
+        >>> result = nms.allocate(model, nms.Budget(params=0.125), skip=["conv1"])
+        >>> nms.Sparsifier(model, optimizer, result.scheme)
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    budget = Budget.parse(budget)
+    begin = time.perf_counter()
+    found = find_candidates(model, m=m, candidates=candidates, skip=skip, constraints=constraints)
+    costs = Costs(model, example_input, candidates=found, latency=latency)
+    limits = costs.limits(budget)
+    costs.check(found, limits)
+    costed = time.perf_counter()
+    losses = _losses(model, found, criterion, step, steps)
+    judged = time.perf_counter()
+    weigh = {name: 1 / loss.total if relative and loss.total else 1.0 for name, loss in losses.items()}
+    options = [
+        [
+            Option(losses[name].of[pattern] * weigh[name], costs.of(name, pattern).as_dict())
+            for pattern in patterns
+        ]
+        for name, patterns in found.items()
+    ]
+    fixed = costs.total({name: patterns[0] for name, patterns in found.items()}).as_dict()
+    for name, patterns in found.items():
+        for metric, cost in costs.of(name, patterns[0]).as_dict().items():
+            fixed[metric] -= cost
+    left = {metric: limit - fixed[metric] for metric, limit in limits.items()}
+    choice = choose(options, left, max_gap=max_gap, max_seconds=max_seconds)
+    chosen = {name: patterns[j] for (name, patterns), j in zip(found.items(), choice.chosen, strict=True)}
+    total = sum(loss.total * weigh[name] for name, loss in losses.items())
+    return Allocation(
+        scheme=as_complete_scheme(found, chosen, "dense is worth most here"),
+        objective=choice.loss,
+        bound=choice.bound,
+        kept=1 - choice.loss / total if total else 1.0,
+        costs=costs.total(chosen),
+        dense=costs.dense,
+        limits=limits,
+        losses={name: loss.of for name, loss in losses.items()},
+        seconds={
+            "costs": costed - begin,
+            "criterion": judged - costed,
+            "solver": time.perf_counter() - judged,
+        },
+    )
+
+
+def as_complete_scheme(candidates: Candidates, chosen: Mapping[str, Pattern], reason: str) -> Scheme:
+    """A complete scheme of chosen patterns; the dense ones go with the weights that had no choice."""
+    sparse = {name: pattern for name, pattern in chosen.items() if not pattern.is_dense}
+    dense = {name: reason for name in candidates if name not in sparse}
+    return Scheme(sparse, dense={**candidates.dense, **dense}, complete=True)
+
+
+def _losses(
+    model: nn.Module,
+    candidates: Candidates,
+    criterion: str,
+    step: Callable[[nn.Module], Tensor] | None,
+    steps: int,
+) -> dict[str, Losses]:
+    if criterion == "magnitude":
+        return magnitude_losses(candidates)
+    if step is None:
+        raise ValueError('criterion "taylor" needs step: a function step(model) -> loss')
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return taylor_losses(model, candidates, step, steps)

@@ -1,0 +1,201 @@
+"""allocate: the best scheme by each criterion, against trying all schemes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import nmsparse_ext as nms
+from nmsparse_ext.search import Costs, find_candidates
+
+pytest.importorskip("scipy")
+
+P = nms.Pattern
+
+
+def mlp(seed: int = 0, sizes=(16, 32, 48, 16)) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+    for i, layer in enumerate(layers):
+        layer.weight.data *= 1 + 3 * i  # so that layers differ in what they are worth
+    return nn.Sequential(*layers)
+
+
+def lost(weight: torch.Tensor, pattern: P) -> float:
+    return float((weight - nms.nm_prune(weight, pattern)).double().square().sum())
+
+
+def best_by_hand(model, budget, losses, m):
+    found = find_candidates(model, m=m)
+    costs = Costs(model, torch.randn(3, 16), candidates=found)
+    limits = costs.limits(budget)
+    schemes = [dict(zip(found, chosen, strict=True)) for chosen in itertools.product(*found.values())]
+    return min(
+        sum(losses[name][pattern] for name, pattern in scheme.items())
+        for scheme in schemes
+        if costs.within(scheme, limits)
+    )
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    seed=st.integers(0, 5),
+    m=st.sampled_from([4, 8, 16]),
+    budget=st.sampled_from(
+        [{"params": 0.3}, {"macs": 0.4}, {"bytes": 0.5}, {"params": 0.4, "bytes": 0.45}, {"params": 1.0}]
+    ),
+)
+def test_magnitude_equals_trying_all(seed, m, budget):
+    model = mlp(seed)
+    parsed = nms.Budget(**budget)
+    losses = {
+        f"{i}.weight": {
+            p: lost(model[i].weight.detach(), p) for p in find_candidates(model, m=m)[f"{i}.weight"]
+        }
+        for i in range(3)
+    }
+    result = nms.allocate(model, budget, m=m, example_input=torch.randn(3, 16))
+    for name, by_pattern in losses.items():
+        for pattern, loss in by_pattern.items():
+            assert result.losses[name][pattern] == pytest.approx(loss, rel=1e-5, abs=1e-12)
+    best = best_by_hand(model, parsed, losses, m)
+    assert result.objective == pytest.approx(best, rel=1e-5, abs=1e-12)
+    assert result.gap <= 2e-6
+    costs = Costs(model, torch.randn(3, 16))
+    assert costs.within(result.scheme, parsed)
+    assert result.costs == costs.total(result.scheme)
+    assert result.scheme.complete
+    result.scheme.resolve(model)
+
+
+def test_beats_or_equals_uniform():
+    model = mlp()
+    uniform = nms.Scheme.uniform(model, "4:16")
+    result = nms.allocate(model, nms.Budget(params=0.25))
+    assert result.objective <= sum(lost(model[i].weight.detach(), P(4, 16)) for i in range(3)) * (1 + 1e-6)
+    assert result.costs.params <= Costs(model).total(uniform).params
+
+
+def test_relative_losses_forget_the_scale():
+    model, scaled = mlp(), mlp()
+    scaled[0].weight.data *= 64
+    budget = nms.Budget(params=0.25)
+    first = nms.allocate(model, budget, relative=True)
+    assert first.scheme == nms.allocate(scaled, budget, relative=True).scheme
+    assert nms.allocate(model, budget).scheme != nms.allocate(scaled, budget).scheme
+
+
+def test_dense_reasons_and_constraints():
+    model = mlp()
+    constraints = nms.search.Constraints(at_least={"2": 8})
+    result = nms.allocate(model, {"params": 0.4}, skip=["0"], constraints=constraints)
+    assert result.scheme.dense["0.weight"] == "skipped by '0'"
+    assert result.scheme.get("2", P(16, 16)).density >= 0.5
+    whole = nms.allocate(model, {"params": 1.0})
+    assert dict(whole.scheme) == {}
+    assert whole.scheme.dense["0.weight"] == "dense is worth most here"
+    assert whole.objective == 0
+
+
+def test_embeds_in_24():
+    result = nms.allocate(
+        mlp(),
+        {"params": 0.4},
+        constraints=nms.search.Constraints(embeds_in_24=True),
+        candidates=["2:4", "1:4", "2:8", "1:8", "2:16", "4:8"],
+    )
+    assert len(result.scheme) == 3
+    assert all(pattern.embeds_in_24 for pattern in result.scheme.values())
+    assert result.costs.params <= 0.4 * result.dense.params
+
+
+def test_given_latency():
+    def seconds(name, pattern):  # only the last layer is faster if pruned
+        return 1.0 if pattern is None or name != "2.weight" else pattern.density
+
+    result = nms.allocate(mlp(), {"latency": 0.75}, latency=seconds)
+    assert set(result.scheme) == {"2.weight"}
+    assert result.costs.latency <= 2.25
+
+
+def test_impossible_budgets():
+    with pytest.raises(ValueError, match="budget of params is"):
+        nms.allocate(mlp(), {"params": 0.01})
+    with pytest.raises(ValueError, match="macs needs an example_input"):
+        nms.allocate(mlp(), {"macs": 0.5})
+
+
+def test_taylor_equals_its_definition():
+    model = mlp()
+    x = torch.randn(4, 8, 16)
+    calls = itertools.count()
+
+    def step(model):
+        return model(x[next(calls) % 4]).square().mean()
+
+    weights = [layer.weight for layer in model]
+    grads = [torch.autograd.grad(model(x[i]).square().mean(), weights) for i in range(4)]
+    result = nms.allocate(model, {"params": 0.25}, criterion="taylor", step=step, steps=4)
+    assert next(calls) == 4
+    for i, layer in enumerate(model):
+        scores = sum((layer.weight * g[i]).detach().double().square() for g in grads) / 4
+        for pattern, loss in result.losses[f"{i}.weight"].items():
+            pruned = ~nms.nm_mask(layer.weight.detach(), pattern)
+            assert loss == pytest.approx(float(scores[pruned].sum()), rel=1e-4, abs=1e-12)
+    assert all(layer.weight.grad is None and layer.weight.requires_grad for layer in model)
+
+
+def test_taylor_on_frozen_weights():
+    model = mlp().requires_grad_(False)
+    nms.allocate(
+        model, {"params": 0.5}, criterion="taylor", step=lambda m: m(torch.ones(1, 16)).sum(), steps=1
+    )
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"criterion": "size"}, ValueError, "magnitude, taylor, got 'size'"),
+        ({"criterion": "taylor"}, ValueError, "needs step"),
+        ({"criterion": "taylor", "step": lambda m: 1.0}, TypeError, "step must return"),
+        ({"criterion": "taylor", "step": lambda m: torch.tensor(float("nan"))}, ValueError, "finite"),
+        (
+            {"criterion": "taylor", "step": lambda m: m[0](torch.ones(16)).sum()},
+            ValueError,
+            "reaches 1.weight",
+        ),
+        ({"criterion": "taylor", "step": lambda m: m, "steps": 0}, ValueError, "steps must be at least 1"),
+        ({"budget": "params=0.5"}, TypeError, "budget must be"),
+    ],
+)
+def test_refused(arguments, error, message):
+    budget = arguments.pop("budget", {"params": 0.5})
+    with pytest.raises(error, match=message):
+        nms.allocate(mlp(), budget, **arguments)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_weights_that_are_not_finite(value):
+    model = mlp()
+    model[1].weight.data[3, 5] = value
+    with pytest.raises(ValueError, match=r"1\.weight has NaN or infinite"):
+        nms.allocate(model, {"params": 0.5})
+
+
+def test_prints_and_serialises():
+    import json
+
+    result = nms.allocate(mlp(), {"params": 0.25})
+    text = str(result)
+    assert "params" in text
+    assert "budget" in text
+    loaded = json.loads(json.dumps(result.to_json()))
+    assert loaded["limits"] == {"params": 0.25 * result.dense.params}
+    assert loaded["scheme"] == {name: str(pattern) for name, pattern in result.scheme.items()}
+    assert set(loaded["seconds"]) == {"costs", "criterion", "solver"}
