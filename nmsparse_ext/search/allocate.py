@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..deploy.example import ExampleInput
 from ..pattern import Pattern
 from ..scheme import Scheme
 from .budget import Amount, Budget
 from .constraints import Candidate, Candidates, Constraints, find_candidates
 from .costs import Cost, Costs, Latency, amount
-from .criteria import CRITERIA, Losses, magnitude_losses, taylor_losses
+from .criteria import CRITERIA, Losses, magnitude_losses, output_losses, taylor_losses
 from .solve import Option, choose
 
 
@@ -91,6 +92,7 @@ def allocate(
     relative: bool | None = None,
     step: Callable[[nn.Module], Tensor] | None = None,
     steps: int = 8,
+    calibration: Iterable[ExampleInput] | None = None,
     example_input: object = None,
     latency: Latency | None = None,
     max_gap: float = 1e-6,
@@ -110,12 +112,17 @@ def allocate(
         skip: What stays dense: names, module names, or globs of either.
         constraints: Further constraints per weight.
         criterion: What a pruned weight loses the model. ``"magnitude"``: its square. ``"taylor"``: the square
-            of weight times gradient, the mean over ``steps`` calls of ``step``.
+            of weight times gradient, the mean over ``steps`` calls of ``step``. ``"output"``: the mean square
+            error of the layer's output on ``calibration``, from the second moments of its inputs.
         relative: Whether a weight's loss counts as a part of what it has to lose, so that all weights matter
-            alike whatever their scale. By default absolute.
+            alike whatever their scale. By default only with "output", as errors of different layers' outputs
+            have no unit in common.
         step: ``step(model) -> loss`` on a batch of its own choice, as for `domino_search`; for "taylor".
             It calls no backward.
         steps: How often it is called.
+        calibration: Batches to run the model on, for "output": tensors, tuples of arguments or mappings of
+            keyword arguments. For layers with more than 2048 inputs (of a convolution: input channels times
+            kernel) the moments are taken in blocks of as many.
         example_input: What the model is called with: a tensor, a tuple of arguments or a mapping of keyword
             arguments. A budget of MACs or latency needs it.
         latency: Seconds of a layer with a pattern, if not to be measured: ``(name, pattern or None)``.
@@ -141,7 +148,8 @@ def allocate(
     limits = costs.limits(budget)
     costs.check(found, limits)
     costed = time.perf_counter()
-    losses = _losses(model, found, criterion, step, steps)
+    losses = _losses(model, found, criterion, step, steps, calibration)
+    relative = criterion == "output" if relative is None else relative
     judged = time.perf_counter()
     weigh = {name: 1 / loss.total if relative and loss.total else 1.0 for name, loss in losses.items()}
     options = [
@@ -189,9 +197,14 @@ def _losses(
     criterion: str,
     step: Callable[[nn.Module], Tensor] | None,
     steps: int,
+    calibration: Iterable[ExampleInput] | None,
 ) -> dict[str, Losses]:
     if criterion == "magnitude":
         return magnitude_losses(candidates)
+    if criterion == "output":
+        if calibration is None:
+            raise ValueError('criterion "output" needs calibration: batches to run the model on')
+        return output_losses(model, candidates, calibration)
     if step is None:
         raise ValueError('criterion "taylor" needs step: a function step(model) -> loss')
     if steps < 1:

@@ -7,18 +7,22 @@ pruning with the scheme will do. The criterion only says what the others are wor
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
+from ..deploy.example import ExampleInput
 from ..pattern import Pattern
 from ..weights import Weight
 from .constraints import Candidates
+from .moments import Moments, as_matrix, input_moments
 from .scores import lost_scores, rank_sums
 
-CRITERIA = ("magnitude", "taylor")
+CRITERIA = ("magnitude", "taylor", "output")
 
 
 class Losses(NamedTuple):
@@ -64,6 +68,37 @@ def taylor_losses(
         )
         for name in candidates
     }
+
+
+def output_losses(
+    model: nn.Module, candidates: Candidates, calibration: Iterable[ExampleInput]
+) -> dict[str, Losses]:
+    """The mean square error that pruning causes in the layer's output, summed over the outputs.
+
+    The mean is over the calibration data: tokens of a linear layer, positions of a convolution.
+
+    Raises:
+        TypeError: If a batch is not what a model can be called with.
+        ValueError: If the inputs of a weight are not known, or nothing reaches it.
+    """
+    moments = input_moments(model, candidates.weights, calibration)
+    return {
+        name: _output_loss(candidates.weights[name], candidates[name], moments.pop(name))
+        for name in candidates
+    }
+
+
+def _output_loss(weight: Weight, patterns: Iterable[Pattern], moments: Moments) -> Losses:
+    assert weight.group_dim is not None
+    values = weight.parameter.detach()
+    losses = {}
+    for pattern in patterns:
+        pruned = values - ops.nm_prune(values, pattern, dim=weight.group_dim)
+        losses[pattern] = 0.0 if pattern.is_dense else moments.error(as_matrix(weight, pruned))
+    total = moments.error(as_matrix(weight, values))
+    if not math.isfinite(sum(losses.values()) + total):
+        raise ValueError(f"{weight.name} or its inputs have NaN or infinite values")
+    return Losses(losses, total)
 
 
 def squared_gradients(

@@ -120,7 +120,8 @@ def _milp(
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(rows, -np.inf, _SCALE)],
-        options={"mip_rel_gap": max_gap, "time_limit": max_seconds},
+        # Without presolve: it is no faster for these small problems, and may write to stdout.
+        options={"mip_rel_gap": max_gap, "time_limit": max_seconds, "presolve": False},
     )
     if result.x is None:
         names = " and ".join(limits)

@@ -161,7 +161,7 @@ def test_taylor_on_frozen_weights():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"criterion": "size"}, ValueError, "magnitude, taylor, got 'size'"),
+        ({"criterion": "size"}, ValueError, "magnitude, taylor, output, got 'size'"),
         ({"criterion": "taylor"}, ValueError, "needs step"),
         ({"criterion": "taylor", "step": lambda m: 1.0}, TypeError, "step must return"),
         ({"criterion": "taylor", "step": lambda m: torch.tensor(float("nan"))}, ValueError, "finite"),
@@ -171,6 +171,8 @@ def test_taylor_on_frozen_weights():
             "reaches 1.weight",
         ),
         ({"criterion": "taylor", "step": lambda m: m, "steps": 0}, ValueError, "steps must be at least 1"),
+        ({"criterion": "output"}, ValueError, "needs calibration"),
+        ({"criterion": "output", "calibration": []}, ValueError, "at least one batch"),
         ({"budget": "params=0.5"}, TypeError, "budget must be"),
     ],
 )
@@ -178,6 +180,25 @@ def test_refused(arguments, error, message):
     budget = arguments.pop("budget", {"params": 0.5})
     with pytest.raises(error, match=message):
         nms.allocate(mlp(), budget, **arguments)
+
+
+def test_output_is_relative_by_default():
+    model = mlp()
+    batches = [torch.randn(32, 16) for _ in range(2)]
+    arguments = {"criterion": "output", "calibration": batches}
+    result = nms.allocate(model, {"params": 0.25}, **arguments)
+    x = torch.cat(batches)
+    weight = model[0].weight.detach()
+    error = (x @ (weight - nms.nm_prune(weight, "4:16")).T).square().sum(1).mean()
+    assert result.losses["0.weight"][P(4, 16)] == pytest.approx(float(error), rel=1e-4)
+    model[0].weight.data *= 8
+    model[0].bias.data *= 8
+    model[1].weight.data /= 8
+    again = nms.allocate(model, {"params": 0.25}, **arguments)
+    assert again.objective == pytest.approx(result.objective, rel=1e-3)
+    assert 0 < result.objective < 3
+    absolute = nms.allocate(model, {"params": 0.25}, relative=False, **arguments)
+    assert absolute.objective != pytest.approx(again.objective, rel=0.1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])

@@ -1,0 +1,130 @@
+"""Second moments of inputs: the output error must be that of running the pruned layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import nmsparse_ext as nms
+from nmsparse_ext.search import moments as module_under_test
+from nmsparse_ext.search.moments import Moments, as_matrix, input_moments
+from nmsparse_ext.weights import weights
+
+
+def error_by_running(layer: nn.Module, pruned: torch.Tensor, x: torch.Tensor, dim: int) -> float:
+    """Mean over tokens or positions of the squared difference, summed over the outputs in ``dim``."""
+    with torch.no_grad():
+        before = layer(x)
+        layer.weight.copy_(pruned)
+        change = (layer(x) - before).double()
+    return float(change.square().sum(dim).mean())
+
+
+CONVS = [
+    nn.Conv2d(8, 6, 3, padding=1),
+    nn.Conv2d(8, 6, (3, 2), stride=(2, 1), dilation=(1, 2)),
+    nn.Conv2d(8, 6, 3, padding="same", padding_mode="reflect"),
+    nn.Conv2d(8, 6, 2, padding="same"),
+    nn.Conv2d(8, 6, 1, stride=2),
+    nn.Conv2d(16, 6, 3, groups=2, padding=(0, 1)),
+    nn.Conv1d(8, 5, 3, padding=2, padding_mode="circular"),
+    nn.Conv3d(8, 4, (1, 2, 3), padding=1),
+]
+
+
+@pytest.mark.parametrize("layer", CONVS, ids=str)
+def test_convolutions(layer, monkeypatch):
+    monkeypatch.setattr(module_under_test, "_ELEMENTS", 3000)  # a few images at a time
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    x = torch.randn(5, layer.in_channels, *(7, 6, 5)[: len(layer.kernel_size)])
+    (weight,) = weights(layer)
+    found = input_moments(layer, {"weight": weight}, [x[:2], x[2:]])["weight"]
+    pruned = nms.nm_prune(layer.weight.detach(), "2:8", dim=1)
+    change = layer.weight.detach() - pruned
+    assert found.error(as_matrix(weight, change)) == pytest.approx(
+        error_by_running(layer, pruned, x, dim=1), rel=1e-4
+    )
+
+
+def test_linear_on_many_dims():
+    layer = nn.Linear(24, 10)
+    x = torch.randn(3, 4, 5, 24) + 1
+    (weight,) = weights(layer)
+    found = input_moments(layer, {"weight": weight}, [x, x[:1]])["weight"]
+    assert found.count == 3 * 20 + 20
+    columns = torch.cat([x.reshape(-1, 24), x[:1].reshape(-1, 24)])
+    torch.testing.assert_close(found.blocks[0][0], columns.T @ columns / len(columns))
+    change = torch.randn(10, 24)
+    expected = (columns @ change.T).square().sum(1).mean()
+    assert found.error(as_matrix(weight, change)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_transformers_conv1d():
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    layer = Conv1D(6, 16)  # [in = 16, out = 6]
+    x = torch.randn(9, 16)
+    (weight,) = weights(layer)
+    found = input_moments(layer, {"weight": weight}, [x])["weight"]
+    pruned = nms.nm_prune(layer.weight.detach(), "1:4", dim=0)
+    change = layer.weight.detach() - pruned
+    assert found.error(as_matrix(weight, change)) == pytest.approx(
+        error_by_running(layer, pruned, x, dim=1), rel=1e-5
+    )
+
+
+def test_wide_layers_take_blocks(monkeypatch):
+    monkeypatch.setattr(module_under_test, "BLOCK", 16)
+    x = torch.randn(50, 1, 40)
+    found = Moments()
+    found.add(x[:20])
+    found.add(x[20:])
+    assert [tuple(block.shape) for block in found.blocks] == [(1, 16, 16), (1, 16, 16), (1, 8, 8)]
+    change = torch.zeros(1, 3, 40)
+    change[..., 16:32] = torch.randn(3, 16)  # within a block it is exact
+    expected = (x[:, 0] @ change[0].T).square().sum(1).mean()
+    assert found.error(change) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_tied_modules_share_their_inputs():
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    second.weight = first.weight
+    model = nn.Sequential(first, nn.ReLU(), second)
+    x = torch.randn(6, 8)
+    (weight,) = weights(model)
+    found = input_moments(model, {"w": weight}, [x])["w"]
+    both = torch.cat([x, torch.relu(first(x))]).detach()
+    torch.testing.assert_close(found.blocks[0][0], both.T @ both / 12)
+
+
+def test_model_is_left_alone():
+    model = nn.Sequential(nn.Dropout(), nn.Linear(8, 8)).train()
+    (weight,) = weights(model)
+    input_moments(model, {"w": weight}, [torch.randn(2, 8)])
+    assert model.training
+    assert not model[1]._forward_pre_hooks
+
+
+def test_unknown_modules_and_unreached_ones_are_refused():
+    model = nn.LSTM(16, 16)
+    weight = weights(model)[0]
+    with pytest.raises(ValueError, match="weight_ih_l0 are not known, as it belongs to a LSTM"):
+        input_moments(model, {weight.name: weight}, [torch.randn(1, 16)])
+    model = nn.Sequential(nn.Linear(8, 8), nn.ConvTranspose2d(8, 8, 2))
+    with pytest.raises(ValueError, match="ConvTranspose2d"):
+        input_moments(model, {"1.weight": weights(model)[1]}, [])
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Half()
+    with pytest.raises(ValueError, match=r"reaches unused\.weight"):
+        input_moments(model, {w.name: w for w in weights(model)}, [torch.randn(2, 8)])
+    with pytest.raises(TypeError, match="example_input must be"):
+        input_moments(model, {"used.weight": weights(model)[0]}, [3])
