@@ -33,11 +33,28 @@ def run_example(
     args, kwargs = _arguments(example_input)
     hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before.items()]
     try:
-        with _evaluating(model):
+        with _evaluating(model), _without_fast_path():
             model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def example_call(
+    model: nn.Module, example_input: ExampleInput, dtype: torch.dtype | None
+) -> Iterator[Callable[[], object]]:
+    """What calls the model on an example input again and again, in eval mode and without gradients.
+
+    Args:
+        model: The model.
+        example_input: A tensor, a tuple of arguments or a mapping of keyword arguments.
+        dtype: Dtype of autocast, or ``None``.
+    """
+    args, kwargs = _arguments(example_input)
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    with _evaluating(model), contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype):
+        yield lambda: model(*args, **kwargs)
 
 
 def caller_of(model: nn.Module, module: nn.Module) -> nn.Module:
@@ -76,15 +93,22 @@ def _arguments(example_input: ExampleInput) -> tuple[tuple, dict[str, Any]]:
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
-        # The fused transformer layer takes weights without calling the modules that hold them.
-        torch.backends.mha.set_fastpath_enabled(False)
         # Compiled code would not run the hooks of the modules in it.
         with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, flag in training.items():
             module.training = flag
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """The fused transformer layer takes weights without calling the modules that hold them."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -21,9 +21,11 @@ class LayerReport:
         name: Parameter name.
         pattern: Its pattern as text; ``None`` if none was found or given.
         tokens: Rows of input that one run of the example multiplies with it; ``None`` if not measured.
-        dense_ms: Median time of its module with the dense weight, summed over that run; ``None`` if not
-            measured.
-        packed_ms: The same with the packed weight.
+        dense_ms: Median time of its module with the dense weight, in eager mode, summed over that run;
+            ``None`` if not measured.
+        prepacked_ms: The same product with a weight that oneDNN or MKL packed beforehand, as compiled and
+            frozen models call it; ``None`` where there is none.
+        packed_ms: The time of the module with the packed weight.
         dense_bytes: Bytes of the dense weight.
         packed_bytes: Bytes of the packed weight, with what its engine keeps; ``None`` without a pattern.
         engine: The engine that runs, or would run, the packed weight; ``None`` without a pattern.
@@ -35,6 +37,7 @@ class LayerReport:
     pattern: str | None
     tokens: int | None
     dense_ms: float | None
+    prepacked_ms: float | None
     packed_ms: float | None
     dense_bytes: int
     packed_bytes: int | None
@@ -44,10 +47,31 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class WholeModel:
+    """Median times of the whole model on the example input, in eager mode.
+
+    Attributes:
+        dense_ms: With dense weights.
+        packed_ms: As it was converted; never the larger one, because what made it slower was undone.
+    """
+
+    dense_ms: float
+    packed_ms: float
+
+
+@dataclass(frozen=True)
 class Report(Sequence[LayerReport]):
-    """The rows of all weights, in the model's order; ``print`` shows them as a table."""
+    """The rows of all weights, in the model's order; ``print`` shows them as a table.
+
+    Attributes:
+        rows: One for each weight.
+        cold: Whether layers were timed with weights from memory, not from the caches.
+        whole: Times of the whole model; ``None`` if it was not timed.
+    """
 
     rows: tuple[LayerReport, ...]
+    cold: bool = False
+    whole: WholeModel | None = None
 
     @overload
     def __getitem__(self, index: int) -> LayerReport: ...
@@ -87,6 +111,7 @@ class Report(Sequence[LayerReport]):
             "pattern",
             "tokens",
             "dense ms",
+            "prepacked ms",
             "packed ms",
             "dense bytes",
             "packed bytes",
@@ -99,6 +124,7 @@ class Report(Sequence[LayerReport]):
                 row.pattern or "-",
                 number(row.tokens),
                 _milliseconds(row.dense_ms),
+                _milliseconds(row.prepacked_ms),
                 _milliseconds(row.packed_ms),
                 number(row.dense_bytes),
                 number(row.packed_bytes),
@@ -109,7 +135,11 @@ class Report(Sequence[LayerReport]):
         ]
         total = f"{len(self.packed)} of {len(self)} weights packed; "
         total += f"{self.bytes:,} bytes of {self.dense_bytes:,} dense"
-        return f"{table(head, body, words=(0, 1, 7, 8))}\n{total}"
+        if self.cold:
+            total += "; layers timed with weights from memory"
+        if self.whole is not None:
+            total += f"; the model takes {self.whole.packed_ms:.3f} ms, dense {self.whole.dense_ms:.3f} ms"
+        return f"{table(head, body, words=(0, 1, 8, 9))}\n{total}"
 
 
 def report(model: nn.Module) -> Report:
@@ -126,9 +156,9 @@ def report(model: nn.Module) -> Report:
     return found
 
 
-def attach(model: nn.Module, rows: Sequence[LayerReport]) -> None:
+def attach(model: nn.Module, report: Report) -> None:
     """Keeps a report with its model, so that copies have it too; it is no part of the state dict."""
-    setattr(model, _ATTRIBUTE, Report(tuple(rows)))
+    setattr(model, _ATTRIBUTE, report)
 
 
 def _bytes_now(row: LayerReport) -> int:

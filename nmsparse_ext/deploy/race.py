@@ -1,0 +1,165 @@
+"""Timing every layer of a model dense against packed, on what reaches it in one run of the model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..tensor import NMTensor
+from .example import ExampleInput, caller_of, run_example, tokens
+from .measure import Flush, alternate, last_level_cache
+from .plan import Plan, Seconds
+from .prepacked import prepacked_calls
+
+#: What a packed layer has to beat: see `convert`.
+RIVALS = ("best", "eager")
+
+#: Packed must be this much faster before "auto" chooses it: less than this is the noise of a measurement.
+MIN_GAIN = 1.03
+
+#: Modules that are all there is to how long they take.
+_SIMPLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
+
+
+def race(
+    model: nn.Module,
+    candidates: Sequence[Plan],
+    example_input: ExampleInput,
+    dtype: torch.dtype | None,
+    rival: str,
+) -> bool:
+    """Runs the model once, lets every candidate be timed in place, and decides for each.
+
+    Layers of the same kind, shape and pattern on inputs of the same shape take equally long: one of them is
+    timed for all.
+
+    Returns:
+        Whether weights came from memory: those of a model that is larger than the last level cache do when
+        it runs, so they are driven out before every call.
+    """
+    plans_of: dict[nn.Module, list[tuple[Plan, nn.Module, str]]] = {}
+    for plan in candidates:
+        for module, attr in plan.weight.places:
+            plans_of.setdefault(caller_of(model, module), []).append((plan, module, attr))
+    device = next((plan.weight.parameter.device.type for plan in candidates), "cpu")
+    flush = Flush() if device == "cpu" and _bytes(model) > last_level_cache() else None
+    failures: dict[Plan, str] = {}
+    timings: dict[tuple, Seconds] = {}
+
+    def before_forward(caller: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        for plan, module, attr in plans_of[caller]:
+            if plan in failures:
+                continue
+            kind = (*_kind(caller, module, attr, plan.packed), _signature((args, kwargs)))
+            plan.tokens += tokens(module, args, kwargs)
+            try:
+                if kind not in timings:
+                    timings[kind] = _time(caller, module, attr, plan.packed, args, kwargs, dtype, flush)
+            except NotImplementedError as error:
+                failures[plan] = str(error)
+                continue
+            plan.seconds += timings[kind]
+
+    with contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype):
+        run_example(model, example_input, dict.fromkeys(plans_of, before_forward))
+    for plan in candidates:
+        _decide(plan, failures.get(plan), rival)
+    return flush is not None
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.held_nbytes if isinstance(p, NMTensor) else p.nbytes for p in model.parameters())
+
+
+def _decide(plan: Plan, failure: str | None, rival: str) -> None:
+    seconds = plan.seconds
+    if failure is not None:
+        plan.seconds = Seconds()
+        plan.choose("dense", failure)
+        return
+    if seconds.dense == 0:
+        plan.choose("dense", "not timed: the example input did not reach its module")
+        return
+    dense = seconds.dense if rival == "eager" else seconds.best_dense
+    ratio = dense / seconds.packed
+    than = ""
+    if rival == "best" and seconds.best_dense < seconds.dense:
+        than = f" as with a prepacked dense weight, {_times(seconds.dense / seconds.packed)} as in eager mode"
+    if ratio >= MIN_GAIN:
+        plan.choose("packed", f"packed is {_times(ratio)}{than}")
+    elif ratio >= 1:
+        plan.choose("dense", f"packed is {_times(ratio)}{than}, within the noise")
+    elif than:
+        plan.choose("dense", f"packed is {_times(ratio)}{than}")
+    else:
+        plan.choose("dense", f"dense is {_times(1 / ratio)}")
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x as fast"
+
+
+def _time(
+    caller: nn.Module,
+    module: nn.Module,
+    attr: str,
+    packed: nn.Parameter | None,
+    args: tuple,
+    kwargs: dict[str, Any],
+    dtype: torch.dtype | None,
+    flush: Flush | None,
+) -> Seconds:
+    """Seconds of ``caller.forward`` with the dense and with the packed weight."""
+    dense = module._parameters[attr]
+
+    def with_weight(parameter: nn.Parameter | None) -> Callable[[], None]:
+        def call() -> None:
+            # Straight into the table of parameters: __setattr__ would cost as much as a small layer. And
+            # forward, not __call__: hooks are not ours to run twice.
+            module._parameters[attr] = parameter
+            caller.forward(*args, **kwargs)
+
+        return call
+
+    def before() -> None:
+        cast(Flush, flush)()
+        for value in (*args, *kwargs.values()):  # inputs have just been made by the layer before
+            if isinstance(value, Tensor):
+                value.clone()
+
+    calls: dict[str, Callable[[], object]] = {"dense": with_weight(dense), "packed": with_weight(packed)}
+    rivals = prepacked_calls(module, args, kwargs, dtype) if caller is module and attr == "weight" else {}
+    device = dense.device if dense is not None else torch.device("cpu")
+    try:
+        seconds = alternate(calls | rivals, device, before=None if flush is None else before)
+    finally:
+        module._parameters[attr] = dense
+    prepacked = min((seconds[name] for name in rivals), default=0.0)
+    best = min(seconds["dense"], prepacked) if rivals else seconds["dense"]
+    return Seconds(seconds["dense"], prepacked, best, seconds["packed"])
+
+
+def _kind(caller: nn.Module, module: nn.Module, attr: str, packed: nn.Parameter | None) -> tuple:
+    """Equal for weights whose modules take equally long on equal inputs."""
+    if caller is not module or type(module) not in _SIMPLE or not isinstance(packed, NMTensor):
+        return id(caller), id(module), attr
+    weight = module._parameters[attr]
+    geometry = tuple(_signature(getattr(module, name, None)) for name in _GEOMETRY)
+    layout = (packed.pattern, packed.group_dim, packed.engine, packed.keep, packed.dtype)
+    return type(module), _signature(weight), module.bias is None, geometry, layout
+
+
+def _signature(value: object) -> object:
+    """Equal for arguments that take equally long: shapes and layouts, not contents."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return tuple(_signature(item) for item in value)
+    if isinstance(value, Mapping):
+        return tuple((key, _signature(item)) for key, item in value.items())
+    return value if isinstance(value, (int, float, str, bool, type(None))) else type(value)
