@@ -35,6 +35,12 @@ STABLE_TORCH_LIBRARY(nmsparse, m) {
   m.def(
       "foreach_reselect(Tensor[] ws, int[] ns, int[] ms, int[] dims, Tensor(a!)[] outs, Tensor(b!)[] bits, "
       "Tensor(c!) changes, int[] places, Tensor(d!)? work) -> ()");
+  m.def(
+      "foreach_add_kept(Tensor[] grads, Tensor[] ws, Tensor[] bits, int[] dims, float[] alphas, Tensor? scale, "
+      "Tensor(a!)[] outs) -> ()");
+  m.def(
+      "foreach_vote(Tensor[] ws, Tensor[] thresholds, int[] ns, int[] ms, int[] dims, Tensor(a!) counts) -> ()");
+  m.def("group_thresholds(Tensor w, int m, int dim) -> Tensor");
   m.def("panel_pack(Tensor values, Tensor indices, int n, int m, SymInt k) -> (Tensor, Tensor)");
   m.def(
       "panel_restore(Tensor value_panels, Tensor index_panels, int n, int m, SymInt rows, SymInt k) -> (Tensor, "

@@ -87,3 +87,56 @@ def check_foreach_reselect(
                     f"work must be {mask.numel()} torch.uint8 or more, got {work.dtype} {list(work.shape)}"
                 ),
             )
+
+
+def check_above(w: Tensor, m: int, dim: int, name: str) -> None:
+    """Weights that are compared with thresholds, in whole groups."""
+    checks.check_pattern(1, m)
+    torch._check(
+        w.dtype in (torch.float64, torch.float32),
+        lambda: f"{name} must be torch.float64 or torch.float32, got {w.dtype}",
+    )
+    checks.check_dim(dim, w.dim(), name)
+    torch._check(
+        w.shape[dim] % m == 0,
+        lambda: f"{name} has size {w.shape[dim]} along dim {dim}, no multiple of m = {m}",
+    )
+
+
+def check_group_thresholds(w: Tensor, m: int, dim: int) -> None:
+    torch._check(m >= 2, lambda: f"m must be 2 or more, got {m}")
+    check_above(w, m, dim, "w")
+
+
+def check_foreach_vote(
+    ws: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    ns: Sequence[int],
+    ms: Sequence[int],
+    dims: Sequence[int],
+    counts: Tensor,
+) -> None:
+    check_lengths(ws=ws, thresholds=thresholds, ns=ns, ms=ms, dims=dims)
+    torch._check(
+        counts.dtype == torch.int64 and counts.dim() == 1 and counts.shape[0] == len(ws),
+        lambda: f"counts must be torch.int64 [{len(ws)}], got {counts.dtype} {list(counts.shape)}",
+    )
+    checks.check_contiguous(counts, "counts")
+    for w, threshold, m, dim in zip(ws, thresholds, ms, dims, strict=True):
+        check_above(w, m, dim, "ws")
+        torch._check(
+            threshold.dtype == w.dtype,
+            lambda w=w, threshold=threshold: (
+                f"thresholds must have the dtype of ws, {w.dtype}, got {threshold.dtype}"
+            ),
+        )
+        expected = checks.moved_shape(w.shape, dim, w.shape[dim] // m)
+        torch._check(
+            list(threshold.shape) == expected,
+            lambda expected=expected, threshold=threshold: (
+                f"thresholds must have shape {expected}, got {list(threshold.shape)}"
+            ),
+        )
+        checks.check_contiguous(threshold, "thresholds")
+        checks.check_same_device(threshold, "thresholds", w, "ws")
+        checks.check_same_device(counts, "counts", w, "ws")

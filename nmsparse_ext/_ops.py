@@ -58,6 +58,9 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
     "foreach_add_pruned": ("outs",),
     "foreach_apply_bits": ("outs",),
     "foreach_reselect": ("outs", "bits", "changes", "work"),
+    "foreach_add_kept": ("outs",),
+    "foreach_vote": ("counts",),
+    "group_thresholds": (),
     "panel_pack": (),
     "panel_restore": (),
     "panel_unpack": (),
@@ -287,6 +290,37 @@ def _fake_foreach_reselect(
     work: Tensor | None,
 ) -> None:
     list_checks.check_foreach_reselect(ws, ns, ms, dims, outs, bits, changes, places, work)
+
+
+@_fake
+def _fake_foreach_add_kept(
+    grads: list[Tensor],
+    ws: list[Tensor],
+    bits: list[Tensor],
+    dims: list[int],
+    alphas: list[float],
+    scale: Tensor | None,
+    outs: list[Tensor],
+) -> None:
+    list_checks.check_foreach_add_pruned(grads, ws, bits, dims, alphas, scale, outs)
+
+
+@_fake
+def _fake_foreach_vote(
+    ws: list[Tensor],
+    thresholds: list[Tensor],
+    ns: list[int],
+    ms: list[int],
+    dims: list[int],
+    counts: Tensor,
+) -> None:
+    list_checks.check_foreach_vote(ws, thresholds, ns, ms, dims, counts)
+
+
+@_fake
+def _fake_group_thresholds(w: Tensor, m: int, dim: int) -> Tensor:
+    list_checks.check_group_thresholds(w, m, dim)
+    return w.new_empty(checks.moved_shape(w.shape, dim, w.shape[dim] // m))
 
 
 @_fake

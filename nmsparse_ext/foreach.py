@@ -42,6 +42,50 @@ def add_pruned(
     _nms.foreach_add_pruned(grads, ws, bits, dims, alphas, scale, outs)
 
 
+def add_kept(
+    grads: Sequence[Tensor],
+    ws: Sequence[Tensor],
+    bits: Sequence[Tensor],
+    *,
+    dims: Sequence[int],
+    alphas: Sequence[float],
+    scale: Tensor | None = None,
+    outs: Sequence[Tensor],
+) -> None:
+    """``outs[i] = where(mask, grads[i] + alphas[i] * scale * ws[i], 0)``: DominoSearch's gradient.
+
+    Arguments as of `add_pruned`.
+    """
+    _nms.foreach_add_kept(grads, ws, bits, dims, alphas, scale, outs)
+
+
+def vote(
+    ws: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    *,
+    ns: Sequence[int],
+    ms: Sequence[int],
+    dims: Sequence[int],
+    counts: Tensor,
+) -> None:
+    """``counts[i]``: in how many groups of ``ws[i]`` fewer than ``ns[i]`` weights are above the threshold.
+
+    Args:
+        ws: The weights: float64 or float32.
+        thresholds: One a group, of `group_thresholds`.
+        ns: Numbers of weights.
+        ms: The group sizes.
+        dims: The group dims.
+        counts: int64 ``[len(ws)]``, on the weights' device.
+    """
+    _nms.foreach_vote(ws, thresholds, ns, ms, dims, counts)
+
+
+def group_thresholds(w: Tensor, m: int, *, dim: int) -> Tensor:
+    """The mean of the ``m // 2`` smallest ``|w|`` of each group: ``[other dims..., groups]``."""
+    return _nms.group_thresholds(w, m, dim)
+
+
 def apply_bits(
     ws: Sequence[Tensor], bits: Sequence[Tensor], *, dims: Sequence[int], outs: Sequence[Tensor]
 ) -> None:

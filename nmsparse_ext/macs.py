@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -58,10 +59,35 @@ def count_macs(model: nn.Module, example_input: object) -> dict[str, int | None]
         TypeError: If ``example_input`` is none of the three.
     """
     args, kwargs = _arguments(example_input)
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), counting_macs(model) as macs:
+            model(*args, **kwargs)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return macs
+
+
+@contextlib.contextmanager
+def counting_macs(model: nn.Module) -> Iterator[dict[str, int | None]]:
+    """Counts the multiply-accumulates of whatever is called of a model in the block, as `count_macs` does.
+
+    Args:
+        model: The model, wrapped or not; compiled code runs eagerly meanwhile.
+
+    Yields:
+        The counts, which grow with every call.
+    """
     listed = weights(model)
     names = {(id(module), attr): weight.name for weight in listed for module, attr in weight.places}
     owners = {id(module): module for weight in listed for module, _ in weight.places}
-    macs = dict.fromkeys((weight.name for weight in listed), 0)
+    known = {key: module for key, module in owners.items() if _COUNTERS.find(module) is not None}
+    macs: dict[str, int | None] = {
+        weight.name: 0 if all(id(module) in known for module, _ in weight.places) else None
+        for weight in listed
+    }
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         counter = _COUNTERS.find(module)
@@ -69,26 +95,18 @@ def count_macs(model: nn.Module, example_input: object) -> dict[str, int | None]
         for path, number in counter(module, Call(args, kwargs, output)).items():
             owner, _, attr = path.rpartition(".")
             name = names.get((id(module.get_submodule(owner)), attr))
-            if name is not None:
-                macs[name] += number
+            so_far = None if name is None else macs[name]
+            if name is not None and so_far is not None:
+                macs[name] = so_far + number
 
-    known = {key: module for key, module in owners.items() if _COUNTERS.find(module) is not None}
     handles = [module.register_forward_hook(count, with_kwargs=True) for module in known.values()]
-    training = {module: module.training for module in model.modules()}
     try:
-        model.eval()
         # Compiled code would not run the hooks of the modules in it.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model(*args, **kwargs)
+        with torch.compiler.set_stance("force_eager"):
+            yield macs
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for handle in handles:
             handle.remove()
-    return {
-        weight.name: macs[weight.name] if all(id(module) in known for module, _ in weight.places) else None
-        for weight in listed
-    }
 
 
 def _arguments(example_input: object) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -26,61 +26,22 @@ from ._checks import ceil_div
 from ._panel_layout import PANEL_ROWS, WINDOW_INPUTS, PanelLayout
 from .pattern import Pattern
 from .reference_lists import foreach_add_pruned, foreach_apply_bits, foreach_reselect  # noqa: F401
+from .reference_rule import as_int, grouped, magnitude_key, ranking
+from .reference_search import foreach_add_kept, foreach_vote, group_thresholds  # noqa: F401
 
 # ----------------------------------------------------------------------------------------- the selection rule
-
-_INT_VIEW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-# dtype -> the one key that stands for every NaN: just above the largest key of a number or infinity.
-_NAN_KEY = {
-    torch.float64: 0x7FF0_0000_0000_0001,
-    torch.float32: 0x7F80_0001,
-    torch.bfloat16: 0x7F81,
-    torch.float16: 0x7C01,
-    torch.float8_e4m3fn: 0x7F,
-}
-
-
-def _as_int(x: Tensor) -> Tensor:
-    """``x``'s memory as integers of the same width; shares storage."""
-    return x.view(_INT_VIEW[x.element_size()])
-
-
-def magnitude_key(w: Tensor) -> Tensor:
-    """Integers in the order of ``|w|``: -0.0 equals 0.0, all NaNs are equal and largest, int8 -128 is 128."""
-    if w.dtype == torch.int8:
-        return w.to(torch.int16).abs()
-    bits = _as_int(w)
-    return (bits & torch.iinfo(bits.dtype).max).clamp(max=_NAN_KEY[w.dtype])
-
-
-def _grouped(x: Tensor, m: int, dim: int) -> Tensor:
-    """``x`` with the group dim moved last, zero-padded to whole groups: ``[..., groups, m]``."""
-    x = x.movedim(dim, -1)
-    groups = ceil_div(x.shape[-1], m)
-    x = F.pad(x, (0, groups * m - x.shape[-1]))
-    return x.reshape(*x.shape[:-1], groups, m)
-
-
-def _ranking(w: Tensor, m: int, dim: int) -> Tensor:
-    """Per group, the positions from the largest ``|w|`` to the smallest: ``[..., groups, m]``.
-
-    Equal ones stand in order of position. Virtual positions past the end of ``w`` hold zeros and come last in
-    their group, so every real weight outranks them.
-    """
-    return _grouped(magnitude_key(w), m, dim).sort(dim=-1, descending=True, stable=True).indices
 
 
 def _kept(w: Tensor, n: int, m: int, dim: int) -> Tensor:
     """The bool mask of ``w``, group dim last: ``[..., K]``."""
-    ranking = _ranking(w, m, dim)
-    mask = torch.zeros_like(ranking, dtype=torch.bool).scatter_(-1, ranking[..., :n], True)
+    order = ranking(w, m, dim)
+    mask = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :n], True)
     return mask.flatten(-2)[..., : w.shape[dim]]
 
 
 def _write_masked(w: Tensor, mask: Tensor, out: Tensor) -> None:
     """``out = where(mask, w, +0)``, bit for bit; ``out`` may be ``w`` itself."""
-    _as_int(out).copy_(torch.where(mask, _as_int(w), 0))
+    as_int(out).copy_(torch.where(mask, as_int(w), 0))
 
 
 # -------------------------------------------------------------------------------------------- bits and fields
@@ -90,9 +51,7 @@ def _pack_last(bits: Tensor) -> Tensor:
     """Packs 0/1 along the last dim into bytes, low bits first: ``[..., L] -> uint8 [..., ceil(L / 8)]``."""
     weight = 1 << torch.arange(8, device=bits.device, dtype=torch.uint8)
     # Sums keep the order of their input's strides; the packed form is contiguous.
-    return (
-        (_grouped(bits.to(torch.uint8), 8, bits.dim() - 1) * weight).sum(-1, dtype=torch.uint8).contiguous()
-    )
+    return (grouped(bits.to(torch.uint8), 8, bits.dim() - 1) * weight).sum(-1, dtype=torch.uint8).contiguous()
 
 
 def _unpack_last(packed: Tensor, length: int) -> Tensor:
@@ -233,7 +192,7 @@ def sad_out(a: Tensor, b: Tensor, out: Tensor) -> None:
 def find_violation(w: Tensor, n: int, m: int, dim: int, pad: bool) -> Tensor:
     """The first group with over ``n`` nonzeros: ``[row * groups + group, nonzeros]``, else ``[-1, 0]``."""
     checks.check_weight(w, n, m, dim, pad)
-    nonzeros = (_grouped(magnitude_key(w), m, dim) != 0).sum(-1).flatten()
+    nonzeros = (grouped(magnitude_key(w), m, dim) != 0).sum(-1).flatten()
     none = torch.tensor([-1, 0], device=w.device)
     if nonzeros.numel() == 0:
         return none
@@ -254,8 +213,8 @@ def compress(w: Tensor, n: int, m: int, dim: int, pad: bool) -> tuple[Tensor, Te
         only where a short last group has fewer than ``n`` weights.
     """
     checks.check_weight(w, n, m, dim, pad)
-    position = _ranking(w, m, dim)[..., :n].sort(dim=-1).values
-    values = _grouped(_as_int(w), m, dim).gather(-1, position).flatten(-2).contiguous().view(w.dtype)
+    position = ranking(w, m, dim)[..., :n].sort(dim=-1).values
+    values = grouped(as_int(w), m, dim).gather(-1, position).flatten(-2).contiguous().view(w.dtype)
     return values, _encode(position, n, m)
 
 
@@ -278,8 +237,8 @@ def decompress(values: Tensor, indices: Tensor, n: int, m: int, k: int, dim: int
     checks.check_packed(values, indices, n, m, k, dim)
     position = _positions(indices, n, m, k)
     # One more slot a group takes the values that stand nowhere.
-    slots = _as_int(values).new_zeros(*position.shape[:-1], m + 1)
-    slots.scatter_(-1, position, _as_int(values).reshape(position.shape))
+    slots = as_int(values).new_zeros(*position.shape[:-1], m + 1)
+    slots.scatter_(-1, position, as_int(values).reshape(position.shape))
     dense = slots[..., :m].flatten(-2)[..., :k].movedim(-1, dim)
     # clone, because contiguous() leaves odd strides of dims of size 1, and convolutions go by strides.
     return dense.clone(memory_format=torch.contiguous_format).view(values.dtype)
@@ -292,7 +251,7 @@ def gather_packed(dense: Tensor, indices: Tensor, n: int, m: int, dim: int) -> T
     differentiates it.
     """
     position = _positions(indices, n, m, dense.shape[dim])
-    slots = F.pad(_grouped(dense, m, dim), (0, 1))
+    slots = F.pad(grouped(dense, m, dim), (0, 1))
     return slots.gather(-1, position).flatten(-2)
 
 
@@ -365,7 +324,7 @@ def panel_pack(values: Tensor, indices: Tensor, n: int, m: int, k: int) -> tuple
     panel_checks.check_panel_pack(values, indices, n, m, k)
     layout = PanelLayout.of(n, m, k, values.dtype)
     rows, windows = values.shape[0], layout.steps * layout.halves
-    kept = F.pad(_as_int(values), (0, windows * layout.slots - values.shape[1]))
+    kept = F.pad(as_int(values), (0, windows * layout.slots - values.shape[1]))
     value_panels = _by_panel(kept.reshape(rows, windows, layout.slots), layout)
     if layout.halves == 1:
         value_panels = value_panels.squeeze(-1)
@@ -393,7 +352,7 @@ def _by_row(value_panels: Tensor, index_panels: Tensor, layout: PanelLayout) -> 
         windows = layout.steps * layout.halves
         return split.permute(0, 3, 1, 4, 2).reshape(panels * PANEL_ROWS, windows, layout.slots)
 
-    return by_row(_as_int(value_panels)), by_row(fields)
+    return by_row(as_int(value_panels)), by_row(fields)
 
 
 def panel_restore(

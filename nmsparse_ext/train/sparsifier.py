@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -167,6 +168,12 @@ class Sparsifier:
     def step(self) -> int:
         """Number of optimizer steps made; those that a GradScaler made the optimizer skip do not count."""
         return self._stepper.log.step
+
+    @property
+    def weights(self) -> Mapping[str, SparseWeight]:
+        """``{parameter name: weight}``, as rules see them."""
+        self._stepper.catch_up()
+        return MappingProxyType(self._weights)
 
     @property
     def patterns(self) -> dict[str, Pattern]:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import foreach, ops
-from .dtensor import assign, check_placement, is_dtensor, local_of, same_placement, wrap_bits, wrap_like
+from .dtensor import (
+    assign,
+    check_placement,
+    is_dtensor,
+    local_of,
+    same_placement,
+    shard_groups,
+    wrap_bits,
+    wrap_like,
+)
 from .transposable import PATTERN, any_in_group, holds, spread_over_tiles, tile_dim, transposable_bits
 
 if TYPE_CHECKING:
@@ -296,6 +305,11 @@ class SparseWeight:
         if bits.device == self.parameter.device:
             self._bits = bits.to(torch.uint8)
         self._rebind()
+
+    @property
+    def shard_groups(self) -> list[Any]:
+        """The process groups that the weight is split over: counts must be summed over each."""
+        return shard_groups(self.parameter)
 
     @property
     def whole_mask(self) -> Tensor:

@@ -1,0 +1,223 @@
+"""What DominoSearch decides, and by what: levels, votes, dominoes, and how hard each weight is pulled.
+
+Nothing here trains. The state is a handful of numbers a weight, all of them on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..pattern import Pattern
+from .budget import METRICS
+from .constraints import Candidates
+from .costs import Costs
+from .erk import Erk, erk_densities
+
+
+class Rules(NamedTuple):
+    """The constants of the game; see `domino_search`."""
+
+    vote: float
+    erk_weight: float
+    macs_weight: float
+    tolerance: float
+    negative_factors: bool
+
+
+class Game:
+    """The levels of all searched weights, and what moves them.
+
+    Args:
+        candidates: What each weight may become.
+        costs: What that costs.
+        limits: The budget in absolute numbers.
+        rules: The constants.
+
+    Attributes:
+        n: ``{name: kept weights of each group}``: the level that a weight is trained with, from m down.
+        patterns: ``{name: pattern}``: the last candidate that the level has reached; dense at first.
+        erk: The distribution that weights are steered to.
+        trace: ``(step, name, n)`` of every candidate reached: the dominoes.
+        moves: ``(step, name, n)`` of every level reached, the dominoes among them.
+
+    Raises:
+        ValueError: If the candidates of a weight differ in m.
+    """
+
+    def __init__(
+        self, candidates: Candidates, costs: Costs, limits: Mapping[str, float], rules: Rules
+    ) -> None:
+        self._costs, self._limits, self._rules = costs, limits, rules
+        self._candidates = {name: _of_one_m(name, candidates[name]) for name in candidates}
+        self.m = {name: patterns[-1].m for name, patterns in self._candidates.items()}
+        self.n = dict(self.m)
+        self.patterns = {name: Pattern(m, m) for name, m in self.m.items()}
+        self.trace: list[tuple[int, str, int]] = []
+        self.moves: list[tuple[int, str, int]] = []
+        self.erk = erk_within(costs, candidates, limits)
+
+    @property
+    def met(self) -> bool:
+        """Whether the budget is met, within the tolerance, by patterns that are all candidates."""
+        if not all(self.patterns[name] in patterns for name, patterns in self._candidates.items()):
+            return False
+        total, dense = self._costs.total(self.patterns).as_dict(), self._costs.dense.as_dict()
+        slack = self._rules.tolerance + 1e-12  # of the dense model's; and what rounding adds up to
+        return all(total[metric] <= limit + slack * dense[metric] for metric, limit in self._limits.items())
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """What is left of the dense model: ``{metric: fraction}``."""
+        return self._costs.shares(self.patterns)
+
+    @property
+    def needs_macs(self) -> bool:
+        """Whether factors depend on MACs."""
+        return self._rules.macs_weight > 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a game depends on, in plain numbers and text."""
+        candidates = {name: " ".join(map(str, patterns)) for name, patterns in self._candidates.items()}
+        return {**self._rules._asdict(), "candidates": candidates}
+
+    def sparsest(self, name: str) -> Pattern:
+        """The sparsest candidate of a weight."""
+        return self._candidates[name][-1]
+
+    def can_move(self, name: str) -> bool:
+        """Whether the weight has not come to its sparsest candidate."""
+        return self.n[name] > self._candidates[name][-1].n
+
+    @property
+    def over(self) -> bool:
+        """Whether no weight can become sparser."""
+        return not any(map(self.can_move, self.n))
+
+    def play(self, step: int, below: Mapping[str, int], groups: Mapping[str, int]) -> bool:
+        """One check: weights whose groups vote for it go one level down.
+
+        Args:
+            step: Number of the step.
+            below: ``{name: groups with fewer than n weights above their threshold}``.
+            groups: ``{name: groups}``.
+
+        Returns:
+            Whether the budget is met. If it is, what comes after that domino in the order of the model has
+            not been looked at: the search is over.
+        """
+        for name in self.n:
+            votes, voters = below[name], groups[name]
+            if not self.can_move(name) or voters == 0 or votes / voters < self._rules.vote:
+                continue
+            self.n[name] -= 1
+            move = (step, name, self.n[name])
+            self.moves.append(move)
+            pattern = Pattern(self.n[name], self.m[name])
+            if pattern in self._candidates[name]:
+                self.patterns[name] = pattern
+                self.trace.append(move)
+                if self.met:
+                    return True
+        return False
+
+    def factors(self, macs: Mapping[str, int]) -> dict[str, float]:
+        """How hard each weight is pulled: by what it still lacks of its ERK sparsity, and by its MACs.
+
+        Both parts are scaled to a largest magnitude of 1. A weight that is sparser than its ERK share has a
+        negative part, and may have a negative factor.
+
+        Args:
+            macs: ``{name: multiply-accumulates}`` of the dense weights.
+        """
+        density = {name: pattern.density for name, pattern in self.patterns.items()}
+        # ERK sparsity minus present sparsity.
+        missing = {name: density[name] - self.erk.densities[name] for name in self.n}
+        scale = max(map(abs, missing.values())) if max(missing.values()) >= 0.01 else 0.0
+        work = {name: macs[name] * density[name] for name in self.n}
+        most = max(work.values())
+        factors = {}
+        for name in self.n:
+            of_erk = missing[name] / scale if scale else 0.0
+            of_macs = work[name] / most if most else 0.0
+            factor = self._rules.erk_weight * of_erk + self._rules.macs_weight * of_macs
+            factors[name] = factor if self._rules.negative_factors else max(factor, 0.0)
+        return factors
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes; plain numbers and text."""
+        patterns = {name: str(pattern) for name, pattern in self.patterns.items()}
+        return {"n": dict(self.n), "patterns": patterns, "trace": [*self.trace], "moves": [*self.moves]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another game of the same candidates stood."""
+        self.n.update(state["n"])
+        self.patterns = {name: Pattern.parse(text) for name, text in state["patterns"].items()}
+        self.trace = [tuple(move) for move in state["trace"]]
+        self.moves = [tuple(move) for move in state["moves"]]
+
+
+def _of_one_m(name: str, patterns: Sequence[Pattern]) -> tuple[Pattern, ...]:
+    """The candidates of a weight as patterns of the same m, densest first; dense is m:m."""
+    sizes = sorted({pattern.m for pattern in patterns if not pattern.is_dense})
+    if len(sizes) != 1:
+        raise ValueError(
+            f"candidates of DominoSearch must have one m for each weight, got "
+            f"{', '.join(map(str, patterns))} for {name}"
+        )
+    return tuple(Pattern(sizes[0], sizes[0]) if pattern.is_dense else pattern for pattern in patterns)
+
+
+def erk_within(costs: Costs, candidates: Candidates, limits: Mapping[str, float]) -> Erk:
+    """The ERK distribution that just meets a budget; of several limits, the strictest counts.
+
+    What it costs to keep a fraction of a weight that is no candidate is interpolated between those that are.
+    What is not searched is dense.
+    """
+    shapes = {name: tuple(costs.weight(name).parameter.shape) for name in costs.names}
+    fixed = [name for name in costs.names if name not in candidates]
+    size = sum(costs.weight(name).parameter.numel() for name in costs.names)
+    lowest = sum(costs.weight(name).parameter.numel() for name in fixed) / size
+    density = min(1.0, limits.get("params", size) / size)
+    others = [metric for metric in limits if metric != "params"]
+    if others:
+        tables = {metric: _cost_tables(costs, candidates, metric) for metric in others}
+        spent = {metric: sum(_cost(costs, name, None, metric) for name in fixed) for metric in others}
+
+        def fits(density: float) -> bool:
+            kept = erk_densities(shapes, density, dense=fixed).densities
+            return all(
+                spent[metric] + sum(np.interp(kept[name], *table) for name, table in tables[metric].items())
+                <= limits[metric]
+                for metric in others
+            )
+
+        if not fits(density):
+            low, high = lowest, density
+            for _ in range(60):
+                middle = (low + high) / 2
+                low, high = (middle, high) if fits(middle) else (low, middle)
+            density = low
+    return erk_densities(shapes, max(density, lowest, 1e-9), dense=fixed)
+
+
+def _cost(costs: Costs, name: str, pattern: Pattern | None, metric: str) -> float:
+    return costs.of(name, pattern)[METRICS.index(metric)] or 0
+
+
+def _cost_tables(
+    costs: Costs, candidates: Candidates, metric: str
+) -> dict[str, tuple[list[float], list[float]]]:
+    """``{name: (densities, costs)}``, ascending, of candidates and dense."""
+    tables = {}
+    for name in candidates:
+        points = {pattern.density: _cost(costs, name, pattern, metric) for pattern in candidates[name]}
+        points[1.0] = _cost(costs, name, None, metric)
+        if metric in ("params", "macs"):  # which are in proportion
+            points[0.0] = 0.0
+        densities = sorted(points)
+        tables[name] = (densities, [points[density] for density in densities])
+    return tables
