@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..deploy.example import ExampleInput, run_example
+from ..deploy.example import ExampleInput, caller_of, run_example
 from ..weights import Weight
 
 #: Inputs in a block: 16 MB of float32 each, and 16 GFLOP for 2048 outputs.
@@ -80,20 +80,25 @@ def input_moments(
         ValueError: If a module's inputs are not known here, nothing reaches one, or there is no batch.
     """
     moments = {name: Moments() for name in weights}
-    places: dict[nn.Module, list[str]] = {}
+    # What is called -> the weights it multiplies with, each with the module that holds it.
+    places: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
     for name, weight in weights.items():
         for module, _ in weight.places:
-            if not _is_known(module):
+            caller = caller_of(model, module)
+            if not _is_known(caller):
                 raise ValueError(
                     f"the inputs of {name} are not known, as it belongs to a {type(module).__name__}: "
                     "skip it, or choose another criterion"
                 )
-            places.setdefault(module, []).append(name)
+            places.setdefault(caller, []).append((name, module))
 
-    def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        input = args[0] if args else kwargs["input"]
-        for columns in _columns(module, input.detach()):
-            for name in places[module]:
+    def before_forward(caller: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for name, module in places[caller]:
+            if isinstance(caller, nn.MultiheadAttention):
+                input = _attention_input(caller, module, args, kwargs)
+            else:
+                input = args[0] if args else kwargs["input"]
+            for columns in _columns(module, input.detach()):
                 moments[name].add(columns)
 
     number = 0
@@ -116,8 +121,33 @@ def as_matrix(weight: Weight, values: Tensor) -> Tensor:
 
 
 def _is_known(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return module.in_proj_weight is not None
     is_conv = isinstance(module, nn.modules.conv._ConvNd) and not module.transposed
     return is_conv or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _attention_input(
+    attention: nn.MultiheadAttention, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """What reaches the projections into the heads (``module is attention``), or the one out of them."""
+    if module is not attention:
+        # Attention multiplies with the weight of out_proj without calling it. With an identity there, its
+        # output is what the weight would have been multiplied with.
+        out = attention.out_proj
+        held = dict(out._parameters)
+        try:
+            out._parameters.update(weight=nn.Parameter(torch.eye(out.in_features).to(out.weight)), bias=None)
+            return attention.forward(*args, **kwargs)[0]
+        finally:
+            out._parameters.update(held)
+    given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+    if not (given["query"] is given["key"] is given["value"]):
+        raise ValueError(
+            "attention whose query, key and value differ has no single input: skip its in_proj_weight, "
+            "or choose another criterion"
+        )
+    return given["query"]
 
 
 def _columns(module: nn.Module, input: Tensor) -> Iterable[Tensor]:

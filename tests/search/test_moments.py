@@ -74,6 +74,41 @@ def test_transformers_conv1d():
     )
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_self_attention(batch_first):
+    attention = nn.MultiheadAttention(16, 2, batch_first=batch_first).eval()
+    x = torch.randn(3, 5, 16)
+    found = input_moments(attention, {w.name: w for w in weights(attention)}, [(x, x, x)])
+    columns = x.reshape(-1, 16)
+    torch.testing.assert_close(found["in_proj_weight"].blocks[0][0], columns.T @ columns / 15)
+    # What reaches out_proj: its output, with the projection undone.
+    with torch.no_grad():
+        output = attention(x, x, x)[0] - attention.out_proj.bias
+        before = torch.linalg.solve(attention.out_proj.weight, output.reshape(-1, 16).T)
+    torch.testing.assert_close(
+        found["out_proj.weight"].blocks[0][0], before @ before.T / 15, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_transformer_layers():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    listed = {w.name: w for w in weights(layer)}
+    found = input_moments(layer, listed, [torch.randn(2, 4, 16)])
+    assert {name: m.count for name, m in found.items()} == dict.fromkeys(listed, 8)
+
+
+def test_cross_attention_is_refused():
+    attention = nn.MultiheadAttention(16, 2)
+    listed = {w.name: w for w in weights(attention)}
+    x, y = torch.randn(2, 3, 1, 16)
+    with pytest.raises(ValueError, match="no single input"):
+        input_moments(attention, listed, [(x, y, y)])
+    assert isinstance(attention.out_proj.bias, nn.Parameter)
+    apart = nn.MultiheadAttention(16, 2, kdim=8)
+    with pytest.raises(ValueError, match="q_proj_weight are not known"):
+        input_moments(apart, {w.name: w for w in weights(apart)}, [(x, y[..., :8], y)])
+
+
 def test_wide_layers_take_blocks(monkeypatch):
     monkeypatch.setattr(module_under_test, "BLOCK", 16)
     x = torch.randn(50, 1, 40)
