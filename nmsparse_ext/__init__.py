@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .deploy.fold import fold_batch_norm
     from .deploy.summary import summary
     from .scheme import Scheme
-    from .search import Budget
+    from .search import Budget, domino_search
     from .search.allocate import allocate
     from .train import Sparsifier
 
@@ -43,6 +43,7 @@ __all__ = [
     "build_info",
     "compress",
     "convert",
+    "domino_search",
     "find_violation",
     "fold_batch_norm",
     "int8_linear",
@@ -66,6 +67,7 @@ _LAZY = {
     "allocate": "search",
     "build_info": "_build",
     "convert": "deploy",
+    "domino_search": "search",
     "fold_batch_norm": "deploy",
     "load_file": "deploy",
     "load_into": "deploy",

@@ -172,6 +172,9 @@ def list_calls() -> dict[str, list[tuple[Any, ...]]]:
         "foreach_add_pruned": [],
         "foreach_apply_bits": [],
         "foreach_reselect": [],
+        "foreach_add_kept": [],
+        "foreach_vote": [],
+        "group_thresholds": [],
     }
     wide = [(torch.randn(8, 16), 1), (torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last), 1)]
     for weights, dtype in (([], None), (wide, torch.float32), (wide, torch.bfloat16)):
@@ -183,6 +186,11 @@ def list_calls() -> dict[str, list[tuple[Any, ...]]]:
         alphas, ns, ms = [0.5] * len(ws), [1] * len(ws), [4] * len(ws)
         changes, places = torch.zeros(3, dtype=torch.int64), list(range(1, len(ws) + 1))
         calls["foreach_add_pruned"].append((grads, ws, bits, dims, alphas, torch.tensor(2.0), sums))
+        calls["foreach_add_kept"].append((grads, ws, bits, dims, alphas, torch.tensor(2.0), sums))
+        thresholds = [reference.group_thresholds(w, 4, dim) for w, dim in weights]
+        counts = torch.zeros(len(ws), dtype=torch.int64)
+        calls["foreach_vote"].append((ws, thresholds, [4] * len(ws), ms, dims, counts))
+        calls["group_thresholds"] += [(w, 4, dim) for w, dim in weights]
         calls["foreach_apply_bits"].append((ws, bits, dims, outs))
         calls["foreach_reselect"].append((ws, ns, ms, dims, outs, bits, changes, places, None))
     return calls

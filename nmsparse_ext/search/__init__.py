@@ -6,7 +6,9 @@ from .allocate import Allocation, allocate
 from .budget import Budget
 from .constraints import Candidates, Constraints, find_candidates
 from .costs import Cost, Costs
+from .domino import DominoResult, domino_search
 from .erk import Erk, erk_densities
+from .erk_scheme import erk_scheme
 
 __all__ = [
     "Allocation",
@@ -15,8 +17,11 @@ __all__ = [
     "Constraints",
     "Cost",
     "Costs",
+    "DominoResult",
     "Erk",
     "allocate",
+    "domino_search",
     "erk_densities",
+    "erk_scheme",
     "find_candidates",
 ]

@@ -16,7 +16,7 @@ from .budget import Amount, Budget
 from .constraints import Candidate, Constraints, find_candidates
 from .costs import Costs, Latency
 from .domino_game import Game, Rules
-from .domino_search import Search, Training
+from .domino_loop import Search, Training
 from .erk import Erk
 
 #: The steps at which the authors' code doubles the pull, where a search has not ended by then.

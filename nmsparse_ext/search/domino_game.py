@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ..pattern import Pattern
-from .budget import METRICS
 from .constraints import Candidates
 from .costs import Costs
-from .erk import Erk, erk_densities
+from .erk_scheme import erk_within
 
 
 class Rules(NamedTuple):
@@ -169,55 +166,3 @@ def _of_one_m(name: str, patterns: Sequence[Pattern]) -> tuple[Pattern, ...]:
             f"{', '.join(map(str, patterns))} for {name}"
         )
     return tuple(Pattern(sizes[0], sizes[0]) if pattern.is_dense else pattern for pattern in patterns)
-
-
-def erk_within(costs: Costs, candidates: Candidates, limits: Mapping[str, float]) -> Erk:
-    """The ERK distribution that just meets a budget; of several limits, the strictest counts.
-
-    What it costs to keep a fraction of a weight that is no candidate is interpolated between those that are.
-    What is not searched is dense.
-    """
-    shapes = {name: tuple(costs.weight(name).parameter.shape) for name in costs.names}
-    fixed = [name for name in costs.names if name not in candidates]
-    size = sum(costs.weight(name).parameter.numel() for name in costs.names)
-    lowest = sum(costs.weight(name).parameter.numel() for name in fixed) / size
-    density = min(1.0, limits.get("params", size) / size)
-    others = [metric for metric in limits if metric != "params"]
-    if others:
-        tables = {metric: _cost_tables(costs, candidates, metric) for metric in others}
-        spent = {metric: sum(_cost(costs, name, None, metric) for name in fixed) for metric in others}
-
-        def fits(density: float) -> bool:
-            kept = erk_densities(shapes, density, dense=fixed).densities
-            return all(
-                spent[metric] + sum(np.interp(kept[name], *table) for name, table in tables[metric].items())
-                <= limits[metric]
-                for metric in others
-            )
-
-        if not fits(density):
-            low, high = lowest, density
-            for _ in range(60):
-                middle = (low + high) / 2
-                low, high = (middle, high) if fits(middle) else (low, middle)
-            density = low
-    return erk_densities(shapes, max(density, lowest, 1e-9), dense=fixed)
-
-
-def _cost(costs: Costs, name: str, pattern: Pattern | None, metric: str) -> float:
-    return costs.of(name, pattern)[METRICS.index(metric)] or 0
-
-
-def _cost_tables(
-    costs: Costs, candidates: Candidates, metric: str
-) -> dict[str, tuple[list[float], list[float]]]:
-    """``{name: (densities, costs)}``, ascending, of candidates and dense."""
-    tables = {}
-    for name in candidates:
-        points = {pattern.density: _cost(costs, name, pattern, metric) for pattern in candidates[name]}
-        points[1.0] = _cost(costs, name, None, metric)
-        if metric in ("params", "macs"):  # which are in proportion
-            points[0.0] = 0.0
-        densities = sorted(points)
-        tables[name] = (densities, [points[density] for density in densities])
-    return tables
