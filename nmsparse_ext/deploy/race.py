@@ -22,7 +22,7 @@ RIVALS = ("best", "eager")
 MIN_GAIN = 1.03
 
 #: Modules that are all there is to how long they take.
-_SIMPLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SIMPLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
@@ -47,7 +47,7 @@ def race(
         for module, attr in plan.weight.places:
             plans_of.setdefault(caller_of(model, module), []).append((plan, module, attr))
     device = next((plan.weight.parameter.device.type for plan in candidates), "cpu")
-    flush = Flush() if device == "cpu" and _bytes(model) > last_level_cache() else None
+    flush = flush_for(model, device)
     failures: dict[Plan, str] = {}
     timings: dict[tuple, Seconds] = {}
 
@@ -55,11 +55,13 @@ def race(
         for plan, module, attr in plans_of[caller]:
             if plan in failures:
                 continue
-            kind = (*_kind(caller, module, attr, plan.packed), _signature((args, kwargs)))
+            kind = (*layer_kind(caller, module, attr), _form(plan.packed), signature((args, kwargs)))
             plan.tokens += tokens(module, args, kwargs)
             try:
                 if kind not in timings:
-                    timings[kind] = _time(caller, module, attr, plan.packed, args, kwargs, dtype, flush)
+                    alone = {"packed": plan.packed}
+                    timed = time_layer(caller, module, attr, alone, args, kwargs, dtype=dtype, flush=flush)
+                    timings[kind] = timed["packed"]
             except NotImplementedError as error:
                 failures[plan] = str(error)
                 continue
@@ -72,8 +74,10 @@ def race(
     return flush is not None
 
 
-def _bytes(model: nn.Module) -> int:
-    return sum(p.held_nbytes if isinstance(p, NMTensor) else p.nbytes for p in model.parameters())
+def flush_for(model: nn.Module, device: str) -> Flush | None:
+    """What drives a model's weights out of the CPU's caches, if they do not stay there when it runs."""
+    held = sum(p.held_nbytes if isinstance(p, NMTensor) else p.nbytes for p in model.parameters())
+    return Flush() if device == "cpu" and held > last_level_cache() else None
 
 
 def _decide(plan: Plan, failure: str | None, rival: str) -> None:
@@ -104,17 +108,35 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f}x as fast"
 
 
-def _time(
+def time_layer(
     caller: nn.Module,
     module: nn.Module,
     attr: str,
-    packed: nn.Parameter | None,
+    packed: Mapping[str, nn.Parameter | None],
     args: tuple,
     kwargs: dict[str, Any],
-    dtype: torch.dtype | None,
-    flush: Flush | None,
-) -> Seconds:
-    """Seconds of ``caller.forward`` with the dense and with the packed weight."""
+    *,
+    dtype: torch.dtype | None = None,
+    flush: Flush | None = None,
+) -> dict[str, Seconds]:
+    """Seconds of ``caller.forward`` with the dense and with packed weights, all timed in turn.
+
+    Args:
+        caller: The module that is called; see `caller_of`.
+        module: The module that holds the weight.
+        attr: Its attribute there.
+        packed: ``{name: packed weight}``; without any, only the dense one is timed.
+        args: What ``caller`` is called with.
+        kwargs: The same.
+        dtype: What autocast casts to; ``None`` for none.
+        flush: Runs before every call; see `flush_for`.
+
+    Returns:
+        ``{name: seconds}`` of the packed weights, and of the dense one as ``"dense"``.
+
+    Raises:
+        NotImplementedError: If a packed weight does not take what the module does with it.
+    """
     dense = module._parameters[attr]
 
     def with_weight(parameter: nn.Parameter | None) -> Callable[[], None]:
@@ -132,7 +154,8 @@ def _time(
             if isinstance(value, Tensor):
                 value.clone()
 
-    calls: dict[str, Callable[[], object]] = {"dense": with_weight(dense), "packed": with_weight(packed)}
+    calls: dict[str, Callable[[], object]] = {"dense": with_weight(dense)}
+    calls |= {name: with_weight(parameter) for name, parameter in packed.items()}
     rivals = prepacked_calls(module, args, kwargs, dtype) if caller is module and attr == "weight" else {}
     device = dense.device if dense is not None else torch.device("cpu")
     try:
@@ -141,25 +164,35 @@ def _time(
         module._parameters[attr] = dense
     prepacked = min((seconds[name] for name in rivals), default=0.0)
     best = min(seconds["dense"], prepacked) if rivals else seconds["dense"]
-    return Seconds(seconds["dense"], prepacked, best, seconds["packed"])
+    return {
+        name: Seconds(seconds["dense"], prepacked, best, best if name == "dense" else seconds[name])
+        for name in ("dense", *packed)
+    }
 
 
-def _kind(caller: nn.Module, module: nn.Module, attr: str, packed: nn.Parameter | None) -> tuple:
-    """Equal for weights whose modules take equally long on equal inputs."""
-    if caller is not module or type(module) not in _SIMPLE or not isinstance(packed, NMTensor):
+def layer_kind(caller: nn.Module, module: nn.Module, attr: str) -> tuple:
+    """Equal for weights whose modules take equally long on equal inputs in equal forms.
+
+    Plain values, but for modules that are not all there is to how long they take: these are like no other.
+    """
+    if caller is not module or type(module) not in SIMPLE:
         return id(caller), id(module), attr
     weight = module._parameters[attr]
-    geometry = tuple(_signature(getattr(module, name, None)) for name in _GEOMETRY)
-    layout = (packed.pattern, packed.group_dim, packed.engine, packed.keep, packed.dtype)
-    return type(module), _signature(weight), module.bias is None, geometry, layout
+    geometry = tuple(signature(getattr(module, name, None)) for name in _GEOMETRY)
+    return type(module).__name__, signature(weight), module.bias is None, geometry
 
 
-def _signature(value: object) -> object:
+def _form(packed: nn.Parameter | None) -> tuple:
+    assert isinstance(packed, NMTensor)
+    return packed.pattern, packed.group_dim, packed.engine, packed.keep, packed.dtype
+
+
+def signature(value: object) -> object:
     """Equal for arguments that take equally long: shapes and layouts, not contents."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.stride(), value.dtype, value.device
     if isinstance(value, (tuple, list)):
-        return tuple(_signature(item) for item in value)
+        return tuple(signature(item) for item in value)
     if isinstance(value, Mapping):
-        return tuple((key, _signature(item)) for key, item in value.items())
+        return tuple((key, signature(item)) for key, item in value.items())
     return value if isinstance(value, (int, float, str, bool, type(None))) else type(value)

@@ -9,6 +9,7 @@ from .costs import Cost, Costs
 from .domino import DominoResult, domino_search
 from .erk import Erk, erk_densities
 from .erk_scheme import erk_scheme
+from .latency import LatencyTable, measure_latency
 
 __all__ = [
     "Allocation",
@@ -19,9 +20,11 @@ __all__ = [
     "Costs",
     "DominoResult",
     "Erk",
+    "LatencyTable",
     "allocate",
     "domino_search",
     "erk_densities",
     "erk_scheme",
     "find_candidates",
+    "measure_latency",
 ]

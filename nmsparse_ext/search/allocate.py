@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from .budget import Amount, Budget
 from .constraints import Candidate, Candidates, Constraints, find_candidates
 from .costs import Cost, Costs, Latency, amount
 from .criteria import CRITERIA, Losses, magnitude_losses, output_losses, taylor_losses
+from .latency import measure_latency
 from .solve import Option, choose
 
 
@@ -125,7 +126,8 @@ def allocate(
             kernel) the moments are taken in blocks of as many.
         example_input: What the model is called with: a tensor, a tuple of arguments or a mapping of keyword
             arguments. A budget of MACs or latency needs it.
-        latency: Seconds of a layer with a pattern, if not to be measured: ``(name, pattern or None)``.
+        latency: Seconds of a layer with a pattern, ``latency(name, pattern or None)``. By default a budget of
+            latency has them measured; see `measure_latency`.
         max_gap: Stop when the scheme is proven to lose no more than the best by this part.
         max_seconds: The longest that the solver may take; the scheme is then the best found, and its gap what
             was proven.
@@ -144,6 +146,8 @@ def allocate(
     budget = Budget.parse(budget)
     begin = time.perf_counter()
     found = find_candidates(model, m=m, candidates=candidates, skip=skip, constraints=constraints)
+    if latency is None and budget.latency is not None and example_input is not None:
+        latency = measure_latency(model, cast(ExampleInput, example_input), found)
     costs = Costs(model, example_input, candidates=found, latency=latency)
     limits = costs.limits(budget)
     costs.check(found, limits)
