@@ -209,18 +209,20 @@ class FinetuneHf(Task):
     # ------------------------------------------------------------------------------------------- loss
 
     @override
+    def model_input(self, batch: Batch) -> Batch:
+        return {key: value for key, value in batch.items() if key != "labels"}
+
+    @override
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.labels:
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            return F.cross_entropy(model(**inputs).logits, batch["labels"])
+            return F.cross_entropy(model(**self.model_input(batch)).logits, batch["labels"])
         logits, target = next_tokens(model, batch)
         return F.cross_entropy(logits, target)
 
     @override
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         if self.labels:
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            return classification_sums(model(**inputs).logits, batch["labels"])
+            return classification_sums(model(**self.model_input(batch)).logits, batch["labels"])
         logits, target = next_tokens(model, batch)
         return classification_sums(logits, target)
 

@@ -130,12 +130,16 @@ class StdlibGpt(Task):
                 yield mine.long()
 
     @override
+    def model_input(self, batch: Tensor) -> Tensor:
+        return batch[:, :-1]
+
+    @override
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        return F.cross_entropy(model(self.model_input(batch)).flatten(0, 1), batch[:, 1:].flatten())
 
     @override
     def measure(self, model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-        logits, target = model(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten()
+        logits, target = model(self.model_input(batch)).float().flatten(0, 1), batch[:, 1:].flatten()
         count = torch.tensor(len(target), device=target.device)
         return {"count": count, "loss": F.cross_entropy(logits, target, reduction="sum")}
 

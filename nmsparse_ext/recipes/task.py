@@ -81,6 +81,10 @@ class Task(ABC):
     def measure(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """Sums over a batch, without gradient: "count", and what is to be divided by it ("loss", ...)."""
 
+    def model_input(self, batch: Any) -> Any:
+        """What the model is called with for a batch: a tensor, or a mapping of keyword arguments."""
+        return batch[0] if isinstance(batch, tuple) else batch
+
     def dense_layers(self, model: nn.Module) -> Sequence[str]:
         """Layers that stay dense unless the config says otherwise."""
         return ()

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..scheme import Scheme
+from ..pattern import Pattern
+from ..scheme import Scheme, as_scheme
 from .budget import Amount, Budget
 from .constraints import Candidate, Constraints, find_candidates
 from .costs import Costs, Latency
@@ -58,6 +59,7 @@ def domino_search(
     candidates: Iterable[Candidate] | None = None,
     skip: Iterable[str] = (),
     constraints: Constraints | None = None,
+    start: Mapping[str, Pattern | str] | None = None,
     example_input: object = None,
     latency: Latency | None = None,
     lr: float = 0.01,
@@ -113,6 +115,8 @@ def domino_search(
             All candidates of a weight must have the same m.
         skip: What stays dense: names, or globs of names, as in `Scheme.uniform`.
         constraints: Further constraints, weight by weight.
+        start: Where weights start instead of dense, such as the scheme of `allocate` for a looser budget,
+            which this search then makes sparser. Thresholds are those of the dense weights all the same.
         example_input: What the model is called with to count MACs. Without it they are counted in the first
             step, which is enough to compare the weights.
         latency: What layers cost in time; see `measure_latency`. Needed for a budget of latency.
@@ -183,7 +187,8 @@ def domino_search(
     costs = Costs(model, example_input, candidates=found, latency=latency)
     limits = costs.limits(budget)
     costs.check(found, limits)
-    game = Game(found, costs, limits, Rules(vote, erk_weight, macs_weight, tolerance, negative_factors))
+    rules = Rules(vote, erk_weight, macs_weight, tolerance, negative_factors)
+    game = Game(found, costs, limits, rules, _levels(start, model))
     training = Training(lr, momentum, weight_decay, pull, pull_every, tuple(doublings), check_every)
     search = Search(model, step, game, training, costs, process_group)
     reached = search.run(
@@ -217,6 +222,13 @@ def domino_search(
         erk=game.erk,
         losses=search.losses,
     )
+
+
+def _levels(start: Mapping[str, Pattern | str] | None, model: nn.Module) -> dict[str, Pattern]:
+    """A scheme to start from by the names of the model's weights; dense ones need not be named."""
+    if start is None:
+        return {}
+    return {name: weight.pattern for name, weight in as_scheme(start, model).resolve(model).items()}
 
 
 def _check_numbers(

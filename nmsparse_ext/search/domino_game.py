@@ -32,6 +32,7 @@ class Game:
         costs: What that costs.
         limits: The budget in absolute numbers.
         rules: The constants.
+        start: ``{name: pattern}``: where weights start that do not start dense.
 
     Attributes:
         n: ``{name: kept weights of each group}``: the level that a weight is trained with, from m down.
@@ -41,17 +42,27 @@ class Game:
         moves: ``(step, name, n)`` of every level reached, the dominoes among them.
 
     Raises:
-        ValueError: If the candidates of a weight differ in m.
+        ValueError: If the candidates of a weight differ in m, or a start is none of them.
     """
 
     def __init__(
-        self, candidates: Candidates, costs: Costs, limits: Mapping[str, float], rules: Rules
+        self,
+        candidates: Candidates,
+        costs: Costs,
+        limits: Mapping[str, float],
+        rules: Rules,
+        start: Mapping[str, Pattern] | None = None,
     ) -> None:
         self._costs, self._limits, self._rules = costs, limits, rules
         self._candidates = {name: _of_one_m(name, candidates[name]) for name in candidates}
         self.m = {name: patterns[-1].m for name, patterns in self._candidates.items()}
-        self.n = dict(self.m)
-        self.patterns = {name: Pattern(m, m) for name, m in self.m.items()}
+        self._start = dict(start or {})
+        for name, pattern in self._start.items():
+            if pattern not in self._candidates.get(name, ()):
+                listed = ", ".join(map(str, self._candidates.get(name, ()))) or "none, it is not searched"
+                raise ValueError(f"start must be candidates, got {pattern} for {name}, which has {listed}")
+        self.patterns = {name: self._start.get(name, Pattern(m, m)) for name, m in self.m.items()}
+        self.n = {name: pattern.n for name, pattern in self.patterns.items()}
         self.trace: list[tuple[int, str, int]] = []
         self.moves: list[tuple[int, str, int]] = []
         self.erk = erk_within(costs, candidates, limits)
@@ -79,7 +90,8 @@ class Game:
     def settings(self) -> dict[str, Any]:
         """What a game depends on, in plain numbers and text."""
         candidates = {name: " ".join(map(str, patterns)) for name, patterns in self._candidates.items()}
-        return {**self._rules._asdict(), "candidates": candidates}
+        start = {name: str(pattern) for name, pattern in self._start.items()}
+        return {**self._rules._asdict(), "candidates": candidates, "start": start}
 
     def sparsest(self, name: str) -> Pattern:
         """The sparsest candidate of a weight."""

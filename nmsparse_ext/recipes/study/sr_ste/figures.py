@@ -7,7 +7,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nmsparse_ext.recipes.study.cells import units
 from nmsparse_ext.recipes.study.plan import Records
+from nmsparse_ext.recipes.study.plots import AXIS, draw_seeds
 from nmsparse_ext.recipes.study.sr_ste.comparisons import LABELS, figures_by_seed
 from nmsparse_ext.recipes.study.sr_ste.plan import Experiment
 from nmsparse_ext.recipes.study.statistics import mean_interval
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHADES = {**COLOURS, "sr-ste-decoupled": "#3b6fd4", "sweep": "#3b6fd4"}
-AXIS = {"accuracy": "test accuracy (%)", "loss": "test loss (nats per token)"}
 
 
 def save_figure(experiment: Experiment, records: Records, path: Path, alpha: float) -> Path:
@@ -39,18 +40,11 @@ def save_figure(experiment: Experiment, records: Records, path: Path, alpha: flo
 def draw_metric(axes: Axes, experiment: Experiment, records: Records, alpha: float) -> None:
     """The metric by pattern: every seed a dot, the mean with its interval beside them."""
     arms = ("dense", "ste", *experiment.arms)
-    scale = _scale(experiment)
     for i, pattern in enumerate(experiment.patterns):
         for j, arm in enumerate(arms):
             values = _values(records, experiment, arm, pattern)
-            if not values:
-                continue
-            x = i + 0.2 * (j - (len(arms) - 1) / 2)
-            mean, half = mean_interval(values, alpha)
-            axes.plot([x - 0.04] * len(values), [scale * v for v in values], "o", ms=3, alpha=0.45,
-                      color=SHADES[arm])  # fmt: skip
-            axes.errorbar(x + 0.03, scale * mean, scale * half, fmt="o", ms=6, capsize=3, color=SHADES[arm],
-                          label=LABELS[arm] if i == 0 else None)  # fmt: skip
+            x, label = i + 0.2 * (j - (len(arms) - 1) / 2), LABELS[arm] if i == 0 else None
+            draw_seeds(axes, x, values, experiment.metric, alpha, color=SHADES[arm], label=label)
     axes.set_xticks(range(len(experiment.patterns)), experiment.patterns)
     axes.set_ylabel(AXIS[experiment.metric])
     axes.set_title("Seeds, means, intervals")
@@ -90,7 +84,7 @@ def draw_sad(axes: Axes, experiment: Experiment, records: Records) -> None:
 
 def draw_sweep(axes: Axes, experiment: Experiment, records: Records, alpha: float) -> None:
     """The metric over lambda at the pattern of the sweep; STE is lambda 0."""
-    pattern, scale = experiment.sweep_pattern, _scale(experiment)
+    pattern, scale = experiment.sweep_pattern, units(experiment.metric)[0]
     points: dict[float, dict[int, float]] = {}
     for record in records.values():
         if (record["experiment"], record["stage"], record["pattern"]) != (experiment.name, "main", pattern):
@@ -112,7 +106,3 @@ def draw_sweep(axes: Axes, experiment: Experiment, records: Records, alpha: floa
 def _values(records: Records, experiment: Experiment, arm: str, pattern: str) -> list[float]:
     found = figures_by_seed(records, experiment, arm, pattern, experiment.metric)
     return [value for value in found.values() if value is not None]
-
-
-def _scale(experiment: Experiment) -> float:
-    return 100.0 if experiment.metric == "accuracy" else 1.0
