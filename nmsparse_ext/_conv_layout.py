@@ -57,6 +57,7 @@ def check_panel_conv(
     value_panels: Tensor,
     index_panels: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     n: int,
     m: int,
     rows: int,
@@ -102,4 +103,13 @@ def check_panel_conv(
         lambda: f"the last size of x must be groups * k = {groups * k}, got shape {list(x.shape)}",
     )
     panel_checks.check_product_operands(x, value_panels, bias, rows)
+    if residual is not None:
+        torch._check(
+            list(residual.shape) == [x.shape[0], *places, rows] and residual.dtype == x.dtype,
+            lambda: (
+                f"residual must have the shape of the result, {[x.shape[0], *places, rows]}, and the dtype "
+                f"of x, {x.dtype}, got {list(residual.shape)} of {residual.dtype}"
+            ),
+        )
+        torch._check(residual.device == x.device, lambda: "x and residual must be on the same device")
     panel_checks.check_activation(activation)

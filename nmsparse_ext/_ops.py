@@ -8,6 +8,8 @@ here, once.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -79,6 +81,14 @@ def schema_of(name: str) -> str:
     mutated = MUTATED_ARGS[name]
     schema = torch.library.infer_schema(getattr(reference, name), mutates_args=mutated, op_name=name)
     return re.sub(r"SymInt(\[\])? (?!(k|rows)\b)", r"int\1 ", schema)
+
+
+@functools.cache
+def schemas() -> str:
+    """The schemas of all ops, in a few letters."""
+    ops = getattr(torch.ops, NAMESPACE)
+    text = "".join(str(getattr(ops, name).default._schema) for name in MUTATED_ARGS)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # The registrations live as long as this object.
@@ -377,6 +387,7 @@ def _fake_panel_conv(
     value_panels: Tensor,
     index_panels: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     n: int,
     m: int,
     rows: int,
@@ -390,7 +401,7 @@ def _fake_panel_conv(
 ) -> Tensor:
     geometry = (kernel, stride, padding, dilation)
     conv_checks.check_panel_conv(
-        x, value_panels, index_panels, bias, n, m, rows, k, *geometry, groups, activation
+        x, value_panels, index_panels, bias, residual, n, m, rows, k, *geometry, groups, activation
     )
     return x.new_empty((x.shape[0], *conv_checks.output_sizes(x.shape[1:-1], *geometry), rows))
 
@@ -488,17 +499,18 @@ def _grad_panel_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_panel_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, value_panels, index_panels, bias, *layout, activation = inputs
+    x, value_panels, index_panels, bias, residual, *layout, activation = inputs
     ctx.layout, ctx.activation, ctx.sizes = layout, activation, x.shape
-    again = (x, bias) if activation != "none" else (None, None)
+    again = (x, bias, residual) if activation != "none" else (None, None, None)
     ctx.save_for_backward(value_panels, index_panels, *again)
 
 
 def _grad_panel_conv(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x and bias; PyTorch's own convolution takes that of x, with the weight made dense."""
-    value_panels, index_panels, x, bias = ctx.saved_tensors
+    """Gradients of x, bias, residual; PyTorch's own convolution takes that of x, with a dense weight."""
+    value_panels, index_panels, x, bias, residual = ctx.saved_tensors
     if ctx.activation != "none":
-        before = torch.ops.nmsparse.panel_conv(x, value_panels, index_panels, bias, *ctx.layout, "none")
+        operands = (x, value_panels, index_panels, bias, residual)
+        before = torch.ops.nmsparse.panel_conv(*operands, *ctx.layout, "none")
         grad = grad * _slope(ctx.activation, before)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -509,8 +521,9 @@ def _grad_panel_conv(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight = conv_checks.weight_of_rows(dense, k, kernel)
         grad_x = _grad_conv_input(grad, ctx.sizes, weight, *geometry)
     if ctx.needs_input_grad[3]:
-        grad_bias = grad if grad.dim() == 1 else grad.sum(tuple(range(grad.dim() - 1)))
-    return grad_x, None, None, grad_bias, *[None] * (len(ctx.layout) + 1)
+        grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+    grad_residual = grad if ctx.needs_input_grad[4] else None
+    return grad_x, None, None, grad_bias, grad_residual, *[None] * (len(ctx.layout) + 1)
 
 
 def _grad_conv_input(

@@ -113,12 +113,13 @@ def panel_conv(
     dilation: Sequence[int],
     groups: int,
     activation: Activation = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Convolves with a weight in panel form; differentiable in ``input`` and ``bias``.
+    """Convolves with a weight in panel form; differentiable in ``input``, ``bias`` and ``residual``.
 
-    Equivalent to ``activation(F.conv2d(input, conv_unpack(panels, ...), bias, ...))`` (or ``conv1d``,
-    ``conv3d``) with an input padded beforehand, except that sums are taken in float32 and rounded once, and
-    that what meets a pruned weight does not count, not even infinity.
+    Equivalent to ``activation(F.conv2d(input, conv_unpack(panels, ...), bias, ...) + residual)`` (or
+    ``conv1d``, ``conv3d``) with an input padded beforehand, except that sums are taken in float32 and rounded
+    once, and that what meets a pruned weight does not count, not even infinity.
 
     Channels are read next to each other, so an input in channels_last needs no copy.
 
@@ -133,6 +134,7 @@ def panel_conv(
         padding: Before and after each dim of places, in turn.
         dilation: Per dim of places.
         groups: Groups of the convolution; if several, each has a multiple of 16 outputs.
+        residual: Of the result's shape and dtype; added to the sums before the activation.
         activation: Applied to the sums. With gradients, the sums are taken once more in the backward pass.
 
     Returns:
@@ -140,12 +142,14 @@ def panel_conv(
         contiguous; as ``F.conv2d`` has it with a contiguous weight.
     """
     rows, k, *kernel = shape
-    arguments = (panels.values, panels.indices, bias, pattern.n, pattern.m, rows, k)
     geometry = (kernel, stride, padding, dilation, groups, activation)
     batched = input if input.dim() == len(shape) else input.unsqueeze(0)
-    image = batched.permute(_TO_LAST[len(kernel)])
-    with without_autograd(input, bias):
-        y = _nms.panel_conv(image, *arguments, *geometry)
+    to_last = _TO_LAST[len(kernel)]
+    if residual is not None:
+        residual = (residual if batched is input else residual.unsqueeze(0)).permute(to_last)
+    operands = (batched.permute(to_last), panels.values, panels.indices, bias, residual)
+    with without_autograd(input, bias, residual):
+        y = _nms.panel_conv(*operands, pattern.n, pattern.m, rows, k, *geometry)
     y = y.permute(_FROM_LAST[len(kernel)])
     if not _is_channels_last(batched):
         y = y.contiguous()

@@ -117,12 +117,12 @@ def panel_linear(
         return _panel_linear(x, values, indices, bias, pattern.n, pattern.m, rows, k, activation)
 
 
-def without_autograd(x: Tensor, bias: Tensor | None) -> AbstractContextManager:
+def without_autograd(*operands: Tensor | None) -> AbstractContextManager:
     """A context to call an op in that has to do with autograd only where somebody wants gradients.
 
     A small layer takes about as long as the Python kernel in which autograd would find out the same.
     """
-    return nullcontext() if _wants_autograd(x, bias) else torch._C._AutoDispatchBelowAutograd()
+    return nullcontext() if _wants_autograd(*operands) else torch._C._AutoDispatchBelowAutograd()
 
 
 def transforming() -> bool:
@@ -132,7 +132,7 @@ def transforming() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
-def _wants_autograd(x: Tensor, bias: Tensor | None) -> bool:
+def _wants_autograd(*operands: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)

@@ -416,6 +416,7 @@ def panel_conv(
     value_panels: Tensor,
     index_panels: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     n: int,
     m: int,
     rows: int,
@@ -427,7 +428,9 @@ def panel_conv(
     groups: int,
     activation: str,
 ) -> Tensor:
-    """``activation(convolution(x, W) + bias)``, ``[N, places..., groups * k] -> [N, places..., rows]``.
+    """``activation(convolution(x, W) + bias + residual)``.
+
+    ``x [N, places..., groups * k]``, residual and result ``[N, places..., rows]``.
 
     ``W [rows, *kernel, k]`` is in panel form, see ``core/conv_shape.h``; ``padding`` is before and after each
     dim, in turn. Sums are taken and rounded as those of `panel_linear`.
@@ -437,6 +440,7 @@ def panel_conv(
         value_panels,
         index_panels,
         bias,
+        residual,
         n,
         m,
         rows,
@@ -462,6 +466,8 @@ def panel_conv(
     image = F.pad(x.to(compute).movedim(-1, 1), before_and_after)
     conv = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
     y = conv(image, weight, None if bias is None else bias.to(compute), stride, 0, dilation, groups)
+    if residual is not None:
+        y = y + residual.movedim(-1, 1).to(compute)
     if activation != "none":
         y = getattr(F, activation)(y)
     return y.movedim(1, -1).to(x.dtype).contiguous()

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import ops
 from ._checks import holds_data
 from ._forms import SharedForms
+from ._ops import schemas
 from ._tensor_checks import check_parts, refuse_violation
 from .engines import ENGINES, Engine, best_engine, find_engine, portable, unpack
 from .pattern import Pattern
@@ -316,14 +317,17 @@ class NMTensor(torch.Tensor):
         )
 
     def _stable_hash_for_caching(self) -> str:
-        """What compiled code may depend on: all but the contents. The caches of torch.compile ask for it."""
+        """What compiled code may depend on: all but the contents. The caches of torch.compile ask for it.
+
+        Caches outlive this package's version, so the ops that such code calls are part of it.
+        """
         names, context = self.__tensor_flatten__()
         inner = [
             (name, part.dtype, tuple(part.shape), part.stride(), str(part.device), part.requires_grad)
             for name in names
             for part in (getattr(self, name),)
         ]
-        return repr(("NMTensor", self.dense_shape(), context, inner))
+        return repr(("NMTensor", schemas(), self.dense_shape(), context, inner))
 
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., Tensor], tuple]:
         # Engine forms are derived, so they are not saved. Everything else is plain tensors and builtins, so

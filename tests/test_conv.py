@@ -176,6 +176,27 @@ def test_activation(isa: str, dtype: torch.dtype, activation: Activation) -> Non
     torch.testing.assert_close(y, getattr(F, activation)(before).to(dtype), **tolerance)
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_residual(isa: str, dtype: torch.dtype, activation: Activation) -> None:
+    """Added before the activation and before anything is rounded, whatever its strides."""
+    geometry: dict[str, Any] = {"stride": [1, 2], "padding": [1, 1, 1, 1], "dilation": [1, 1], "groups": 1}
+    for outputs, places in ((32, (9, 7)), (37, (3, 40))):
+        w, panels = packed(torch.randn(outputs, 16, 3, 3).to(dtype), "2:4")
+        x, bias = torch.randn(2, 16, *places).to(dtype), torch.randn(outputs).to(dtype)
+        before = F.conv2d(x.float(), w.float(), bias.float(), stride=(1, 2), padding=1)
+        residual = torch.randn(before.shape).to(dtype)
+        expected = before + residual.float()
+        expected = expected if activation == "none" else getattr(F, activation)(expected)
+        options = {"shape": w.shape, "activation": activation, **geometry}
+        for laid_out in (residual, residual.to(memory_format=torch.channels_last)):
+            y = panel_conv(x, panels, bias, Pattern(2, 4), residual=laid_out, **options)
+            tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {}
+            torch.testing.assert_close(y, expected.to(dtype), **tolerance)
+        y = panel_conv(x[0], panels, bias, Pattern(2, 4), residual=residual[0], **options)
+        torch.testing.assert_close(y, expected[0].to(dtype), **tolerance)
+
+
 @needs_extension
 def test_special_numbers(isa: str) -> None:
     """NaN and infinity come through where they meet a kept weight, and only there; padding is zeros."""
@@ -267,13 +288,14 @@ def test_refusals() -> None:
         "multiple of 16 outputs": {"groups": 2},
         "value_panels must": {"rows": 30},
         "bias must": {"bias": torch.randn(9)},
+        "residual must": {"residual": torch.randn(1, 3, 3, 32)},
         "activation must be": {"activation": "tanh"},
     }.items():
         arguments = valid | changed
-        bias = arguments.pop("bias")
+        bias, residual = arguments.pop("bias"), arguments.pop("residual", None)
         for function in (torch.ops.nmsparse.panel_conv, reference.panel_conv):
             with pytest.raises(RuntimeError, match=why):
-                function(x, *panels, bias, 2, 4, *arguments.values())
+                function(x, *panels, bias, residual, 2, 4, *arguments.values())
     bias = valid.pop("bias")
     for bad, why in (
         (x[..., :8], "last size of x"),
@@ -282,7 +304,7 @@ def test_refusals() -> None:
     ):
         for function in (torch.ops.nmsparse.panel_conv, reference.panel_conv):
             with pytest.raises(RuntimeError, match=why):
-                function(bad, *panels, bias, 2, 4, *valid.values())
+                function(bad, *panels, bias, None, 2, 4, *valid.values())
 
 
 def test_why_no_conv() -> None:
@@ -336,10 +358,13 @@ def test_gradients(
     x = torch.randn(2, geometry["groups"] * shape[1], *places, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(shape[0], dtype=torch.float64, requires_grad=True)
 
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        return panel_conv(x, panels, bias, Pattern(2, 4), shape=w.shape, activation=activation, **geometry)
+    def product(x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        options = {"shape": w.shape, "activation": activation, "residual": residual, **geometry}
+        return panel_conv(x, panels, bias, Pattern(2, 4), **options)
 
+    residual = torch.randn_like(product(x, bias)).requires_grad_()
     assert gradcheck(product, (x, bias), fast_mode=True)
+    assert gradcheck(product, (x, bias, residual), fast_mode=True)
     assert gradcheck(lambda bias: product(x.detach(), bias), (bias,), fast_mode=True)
     assert gradgradcheck(lambda x: product(x, None) ** 2, (x,), fast_mode=True)
 

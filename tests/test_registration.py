@@ -274,7 +274,11 @@ def conv_calls() -> Iterator[tuple[Any, ...]]:
         for grad, activation, batch in ((True, "none", 2), (False, "relu", 2), (False, "none", 0)):
             x = torch.randint(-4, 5, (batch, *places, geometry[-1] * k)).to(dtype).requires_grad_(grad)
             bias = torch.randint(-4, 5, (rows,)).to(dtype).requires_grad_(grad) if grad else None
-            yield (x, *panels, bias, n, m, rows, k, kernel, *geometry, activation)
+            y = reference.panel_conv(
+                x.detach(), *panels, None, None, n, m, rows, k, kernel, *geometry, "none"
+            )
+            residual = torch.randint(-4, 5, y.shape).to(dtype).requires_grad_(grad) if n > 1 else None
+            yield (x, *panels, bias, residual, n, m, rows, k, kernel, *geometry, activation)
 
 
 SAMPLES = sample_calls()

@@ -47,8 +47,9 @@ ConvShape conv_shape(const Tensor& x, const Sizes& kernel, const Sizes& stride, 
 }
 
 Tensor panel_conv_cpu(const Tensor& x, const Tensor& value_panels, const Tensor& index_panels,
-                      std::optional<Tensor> bias, int64_t n, int64_t m, int64_t rows, int64_t k, Sizes kernel,
-                      Sizes stride, Sizes padding, Sizes dilation, int64_t groups, std::string activation) {
+                      std::optional<Tensor> bias, std::optional<Tensor> residual, int64_t n, int64_t m, int64_t rows,
+                      int64_t k, Sizes kernel, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
+                      std::string activation) {
   const ConvShape shape = conv_shape(x, kernel, stride, padding, dilation);
   check_panel_pattern(n, m);
   NMS_CHECK(rows >= 0 && k >= 0, "rows and k must not be negative, got ", rows, " and ", k);
@@ -64,6 +65,12 @@ Tensor panel_conv_cpu(const Tensor& x, const Tensor& value_panels, const Tensor&
   Sizes sizes = sizes_of(x);
   for (int64_t d = 1; d < last; ++d) sizes[static_cast<size_t>(d)] = shape.out[kMaxConvDims - last + d];
   sizes.back() = rows;
+  if (residual) {
+    NMS_CHECK(has_sizes(*residual, sizes) && residual->scalar_type() == x.scalar_type(),
+              "residual must have the shape of the result and the dtype of x");
+    check_same_device(x, *residual, "x and residual");
+    residual = as_contiguous(*residual);
+  }
   Tensor y = new_empty(x, sizes, x.scalar_type());
   if (y.numel() == 0) return y;
 
@@ -85,6 +92,7 @@ Tensor panel_conv_cpu(const Tensor& x, const Tensor& value_panels, const Tensor&
     problem.x_place[d] = dim < 1 ? 0 : image.stride(dim);
   }
   problem.bias = bias ? bias->const_data_ptr() : nullptr;
+  problem.residual = residual ? residual->const_data_ptr() : nullptr;
   problem.y = y.mutable_data_ptr();
   problem.element_size = static_cast<int>(x.element_size());
   problem.activation = activation_of(activation);

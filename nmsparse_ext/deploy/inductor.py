@@ -1,4 +1,4 @@
-"""What ``torch.compile`` is told about packed layers: an activation behind one is applied by its kernel."""
+"""What ``torch.compile`` is told about packed layers: what follows one is done by its kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from .. import _ops  # noqa: F401  (registers torch.ops.nmsparse)
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-_PACKED = (torch.ops.nmsparse.panel_linear.default, torch.ops.nmsparse.panel_conv.default)
+_CONV = torch.ops.nmsparse.panel_conv.default
+_PACKED = (torch.ops.nmsparse.panel_linear.default, _CONV)
+_RESIDUAL = 4  # which argument of panel_conv it is
 _MOVES = (aten.permute.default, aten.clone.default)
 _X = "x"
 _HALF, _ROOT_HALF = 0.5, 0.7071067811865476
@@ -39,20 +41,25 @@ def inductor_options() -> dict[str, Any]:
     """Options for compiling a model with packed weights for inference.
 
     ``torch.compile(model, options=inductor_options())``, called without gradients, freezes the weights and
-    lets packed layers apply the activation (relu, gelu, silu) that follows them. The sums meet the activation
-    before they are rounded, so 16-bit results may differ in their last bit.
+    lets packed layers apply the activation (relu, gelu, silu) that follows them, and packed convolutions of
+    channels_last images add what is added to their result (the shortcut of a residual block). Sums are
+    rounded after that, not before, so 16-bit results may differ in their last bits.
     """
-    return {"freezing": True, "post_grad_custom_pre_pass": FuseActivations()}
+    return {"freezing": True, "post_grad_custom_pre_pass": FuseEpilogues()}
 
 
-class FuseActivations(CustomGraphPass):
-    """Replaces ``activation(packed layer)`` by the packed layer with that activation.
+class FuseEpilogues(CustomGraphPass):
+    """Replaces ``activation(packed layer + residual)`` by the packed layer that does all of that.
 
     For inductor's ``post_grad_custom_pre_pass``. What it does not recognise stays as it is.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
         """Changes ``graph`` in place."""
+        for layer in list(graph.nodes):
+            if layer.target is _CONV and layer.args[_RESIDUAL] is None and layer.args[-1] == "none":
+                _add_residual(layer)
+        graph.eliminate_dead_code()
         for layer in list(graph.nodes):
             if layer.target in _PACKED and layer.args and layer.args[-1] == "none":
                 _fuse(layer)
@@ -61,6 +68,43 @@ class FuseActivations(CustomGraphPass):
     def uuid(self) -> Any:
         """What compiled code in caches depends on: this file."""
         return get_hash_for_files((__file__,))
+
+
+def _add_residual(layer: fx.Node) -> None:
+    """``permute(layer) + other`` becomes ``permute(layer with a residual)``, where the sum was."""
+    moved = _only_user(layer)
+    if moved is None or moved.target is not aten.permute.default:
+        return
+    end = _only_user(moved)
+    if end is None or end.target is not aten.add.Tensor or end.kwargs or len(end.args) != 2:
+        return
+    other = end.args[1] if end.args[0] is moved else end.args[0]
+    if not isinstance(other, fx.Node) or other is moved or not _alike(other, moved):
+        return
+    order: list[int] = moved.args[1]  # type: ignore[assignment]
+    back = [order.index(d) for d in range(len(order))]
+    graph = layer.graph
+    with graph.inserting_before(end):
+        residual = graph.call_function(aten.permute.default, (other, back))
+        residual.meta["val"] = other.meta["val"].permute(back)
+        arguments = (*layer.args[:_RESIDUAL], residual, *layer.args[_RESIDUAL + 1 :])
+        summed = graph.call_function(_CONV, arguments)
+        result = graph.call_function(aten.permute.default, (summed, order))
+    summed.meta.update(layer.meta)
+    result.meta.update(moved.meta)
+    end.replace_all_uses_with(result)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two tensors of a graph have the same sizes, layout, dtype and device: broadcasting is none."""
+    x, y = a.meta.get("val"), b.meta.get("val")
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        return False
+    return (x.shape, x.stride(), x.dtype, x.device) == (y.shape, y.stride(), y.dtype, y.device)
 
 
 def _fuse(layer: fx.Node) -> None:

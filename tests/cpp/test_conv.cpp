@@ -82,6 +82,9 @@ void check_conv(DType dtype, Pattern p, const ConvShape& shape, int64_t groups, 
   Array x(dtype, shape.batch * places * channels), bias(dtype, outputs), y(dtype, shape.pixels() * outputs);
   for (int64_t i = 0; i < shape.batch * places * channels; ++i) x.set(i, random_number());
   for (int64_t i = 0; i < outputs; ++i) bias.set(i, random_number());
+  const bool adds = random_int(0, 1) == 1;
+  Array residual(dtype, shape.pixels() * outputs);
+  for (int64_t i = 0; i < shape.pixels() * outputs; ++i) residual.set(i, adds ? random_number() : 0);
 
   ConvProblem problem;
   problem.kernels = &table.linear.of[static_cast<int>(dtype)];
@@ -99,6 +102,7 @@ void check_conv(DType dtype, Pattern p, const ConvShape& shape, int64_t groups, 
   problem.x_place[0] = shape.in[1] * problem.x_place[1];
   problem.x_image = places * channels;
   problem.bias = bias.data();
+  problem.residual = adds ? residual.data() : nullptr;
   problem.y = y.data();
   problem.element_size = size_of(dtype);
   problem.activation = nms::Activation::kRelu;
@@ -114,7 +118,7 @@ void check_conv(DType dtype, Pattern p, const ConvShape& shape, int64_t groups, 
     const int64_t oz = pixel / shape.out[2] / shape.out[1] % shape.out[0],
                   image = pixel / (shape.pixels() / shape.batch);
     for (int64_t o = 0; o < outputs; ++o) {
-      double sum = bias.get(o);
+      double sum = bias.get(o) + residual.get(pixel * outputs + o);
       for (int64_t t = 0; t < taps; ++t) {
         const int64_t at[3] = {
             oz * shape.stride[0] + t / shape.kernel[2] / shape.kernel[1] * shape.dilation[0] - shape.padding[0],

@@ -345,7 +345,9 @@ class ConvBlock {
       const int64_t output = (first_panel_ + panel) * kPanelRows;
       s.sums = tile.sums + panel * tile.tile_rows * kPanelRows * sum_size(p_);
       s.bias = p_.bias ? static_cast<const uint8_t*>(p_.bias) + output * p_.element_size : nullptr;
-      s.y = static_cast<uint8_t*>(p_.y) + (pixel * p_.outputs + output) * p_.element_size;
+      const int64_t at = (pixel * p_.outputs + output) * p_.element_size;
+      s.residual = p_.residual ? static_cast<const uint8_t*>(p_.residual) + at : nullptr;
+      s.y = static_cast<uint8_t*>(p_.y) + at;
       s.outputs = static_cast<int>(std::min<int64_t>(kPanelRows, group_end - output));
       p_.kernels->store(s);
     }

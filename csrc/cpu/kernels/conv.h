@@ -46,8 +46,9 @@ struct ConvProblem {
   const void* x;            // [batch, places..., groups * inputs]
   int64_t x_image;          // strides in elements; that of channels is 1
   int64_t x_place[kMaxConvDims];
-  const void* bias;  // [outputs] or null
-  void* y;           // [batch, places..., outputs], contiguous
+  const void* bias;                // [outputs] or null
+  const void* residual = nullptr;  // added before the activation: lies as y does
+  void* y;                         // [batch, places..., outputs], contiguous
   int element_size;
   Activation activation;
   // From choose_conv_blocks:

@@ -79,12 +79,13 @@ struct Int8Operands {
 
 // Sums of one panel to rows of y.
 struct StoreSums {
-  const void* sums;  // [tile rows, 16]
-  const void* bias;  // at the panel's first row; or null
-  void* y;           // [rows, y_row], at the panel's first output
-  int64_t y_row;     // elements
-  int64_t rows;      // of the tile
-  int outputs;       // <= 16
+  const void* sums;                // [tile rows, 16]
+  const void* bias;                // at the panel's first row; or null
+  const void* residual = nullptr;  // added to the sums: lies as y does
+  void* y;                         // [rows, y_row], at the panel's first output
+  int64_t y_row;                   // elements
+  int64_t rows;                    // of the tile
+  int outputs;                     // <= 16
   Activation activation;
   Int8Operands int8;  // at the tile's first row and at the panel
 };

@@ -113,6 +113,15 @@ NMS_INLINE void write_outputs(const typename Arithmetic<D>::Type* out, int outpu
   }
 }
 
+template <DType D>
+NMS_INLINE void add_outputs(const typename Element<D>::Bits* more, int outputs, typename Arithmetic<D>::Type* out) {
+  if (outputs == kPanelRows) {
+    for (int i = 0; i < kPanelRows; ++i) out[i] += to_arithmetic<D>(more[i]);
+  } else {
+    for (int i = 0; i < outputs; ++i) out[i] += to_arithmetic<D>(more[i]);
+  }
+}
+
 template <DType D, Activation A>
 NMS_INLINE void store_rows(const StoreSums& s) {
   using Bits = typename Element<D>::Bits;
@@ -124,7 +133,9 @@ NMS_INLINE void store_rows(const StoreSums& s) {
     const Sum* sums = static_cast<const Sum*>(s.sums) + row * kPanelRows;
     Bits* y = static_cast<Bits*>(s.y) + row * s.y_row;
     Sum out[kPanelRows];
-    for (int i = 0; i < kPanelRows; ++i) out[i] = activate<A>(sums[i] + bias[i]);
+    for (int i = 0; i < kPanelRows; ++i) out[i] = sums[i] + bias[i];
+    if (s.residual) add_outputs<D>(static_cast<const Bits*>(s.residual) + row * s.y_row, s.outputs, out);
+    for (int i = 0; i < kPanelRows; ++i) out[i] = activate<A>(out[i]);
     write_outputs<D>(out, s.outputs, y);
   }
 }
