@@ -1,9 +1,9 @@
-"""What the study of searches compares: two questions, each a family of tests that is corrected together."""
+"""What the study of searches compares, in four families of tests, each corrected together."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from nmsparse_ext.recipes.study.comparison import Comparison, correct, pair_up
 from nmsparse_ext.recipes.study.plan import Records
@@ -34,13 +34,28 @@ def case_of(pattern: str, metric: str) -> str:
     return f"{pattern} {metric}"
 
 
+def cases_of(patterns: Sequence[str]) -> tuple[str, ...]:
+    """The budgets of a metric, and their mean if they are several."""
+    return (*patterns, ALL) if len(patterns) > 1 else tuple(patterns)
+
+
 def compare_all(plan: SearchPlan, records: Records) -> list[Comparison]:
-    """All comparisons of the plan: against uniform, then against DominoSearch; corrected within each."""
+    """All comparisons of the plan.
+
+    There are two questions, against uniform and against DominoSearch, and to each two families of tests that
+    are corrected together: means over the budgets, and single budgets.
+    """
     found: list[Comparison] = []
     for against in EXPECTED:
-        family = [c for e in plan.experiments for c in _of(e, records, against, plan.alpha)]
-        found += correct(family)
+        asked = [c for e in plan.experiments for c in _of(e, records, against, plan.alpha)]
+        found += correct([c for c in asked if is_mean(c)])
+        found += correct([c for c in asked if not is_mean(c)])
     return found
+
+
+def is_mean(c: Comparison) -> bool:
+    """Whether it compares means over the budgets."""
+    return c.case.startswith(ALL)
 
 
 def figures_by_seed(
@@ -86,7 +101,7 @@ def _of(experiment: Experiment, records: Records, against: str, alpha: float) ->
     if against not in experiment.arms:
         return
     for metric, patterns in experiment.budgets.items():
-        for pattern in (*patterns, ALL):
+        for pattern in cases_of(patterns):
             base = figures_by_seed(records, experiment, against, pattern, metric)
             for arm in experiment.arms:
                 if arm in ("uniform", against):

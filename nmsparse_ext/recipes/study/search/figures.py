@@ -11,7 +11,7 @@ import nmsparse_ext as nms
 from nmsparse_ext.recipes.study.cells import units
 from nmsparse_ext.recipes.study.plan import Records
 from nmsparse_ext.recipes.study.plots import draw_seeds
-from nmsparse_ext.recipes.study.search.comparisons import ALL, LABELS, figures_by_seed, job_of
+from nmsparse_ext.recipes.study.search.comparisons import LABELS, cases_of, figures_by_seed, job_of
 from nmsparse_ext.recipes.study.search.plan import Experiment
 from nmsparse_ext.recipes.study.statistics import mean_interval
 from nmsparse_ext.report import save_png
@@ -85,7 +85,7 @@ def draw_cost(axes: Axes, experiment: Experiment, records: Records, metric: str,
     scale = units(experiment.metric)[0]
     for arm in experiment.arms:
         seconds = search_seconds(records, experiment, arm)
-        values = gains(records, experiment, arm, ALL, metric)
+        values = gains(records, experiment, arm, cases_of(experiment.budgets[metric])[-1], metric)
         if arm == "uniform" or not seconds or not values:
             continue
         mean, half = mean_interval(values, alpha)

@@ -136,6 +136,8 @@ def find_scheme(arm: str, problem: Problem) -> Found:
     Raises:
         ValueError: If the scheme found keeps more than the budget allows.
     """
+    import scipy.optimize  # noqa: F401 - the solver of `allocate`; loading it is no part of a search
+
     budget = problem.budget()
     seed_everything(problem.task.config.seed, Place.EPOCH)
     with threads(1):

@@ -8,13 +8,16 @@ from collections.abc import Callable, Sequence
 from nmsparse_ext.recipes.study.cells import difference, finite, mean_cell, p_cell, row
 from nmsparse_ext.recipes.study.comparison import Comparison
 from nmsparse_ext.recipes.study.plan import Record, Records
+from nmsparse_ext.recipes.study.search.caveats import caveats
 from nmsparse_ext.recipes.study.search.comparisons import (
     ALL,
     EXPECTED,
     LABELS,
     case_of,
+    cases_of,
     compare_all,
     figures_by_seed,
+    is_mean,
     job_of,
 )
 from nmsparse_ext.recipes.study.search.figures import kept_by_layer, search_seconds
@@ -48,7 +51,7 @@ def render(records: Records, plan: SearchPlan) -> str:
     for experiment in plan.experiments:
         if any(r["experiment"] == experiment.name for r in records.values()):
             lines += ["", *_experiment(records, experiment, comparisons, plan)]
-    lines += ["", *_caveats(plan)]
+    lines += ["", *caveats(plan)]
     return "\n".join(lines) + "\n"
 
 
@@ -89,14 +92,17 @@ def _summary(records: Records, comparisons: Sequence[Comparison], plan: SearchPl
     for experiment in plan.experiments:
         if line := _cost_line(records, experiment):
             lines.append(line)
-    counts = ", ".join(
-        f"{sum(c.against == against and c.paired is not None for c in comparisons)} against {LABELS[against]}"
+    tested = [c for c in comparisons if c.paired is not None]
+    families = [
+        f"{sum(c.against == against and is_mean(c) == mean for c in tested)} comparisons of {what} against "
+        f"{LABELS[against]}"
         for against in EXPECTED
-    )
+        for mean, what in ((True, "means"), (False, "single budgets"))
+    ]
     lines += [
         "",
         f'"Better" and "worse" mean: p < {plan.alpha:g} in a paired t test over the seeds, after Holm\'s '
-        f"correction for all comparisons of the question ({counts}). No difference shown is not the same as "
+        f"correction within each of four families ({', '.join(families)}). No difference shown is not the same as "
         "no difference: with so few seeds only large effects can be seen.",
     ]
     return lines
@@ -105,7 +111,7 @@ def _summary(records: Records, comparisons: Sequence[Comparison], plan: SearchPl
 def _verdicts(family: Sequence[Comparison], plan: SearchPlan) -> str:
     """In how many budgets one way was better than another, worse, or neither."""
     up = {experiment.name: experiment.higher_is_better for experiment in plan.experiments}
-    single = [c for c in family if not c.case.startswith(ALL)]
+    single = [c for c in family if not is_mean(c)]
 
     def named(keep: Callable[[bool], bool]) -> list[str]:
         found = []
@@ -125,7 +131,7 @@ def _verdicts(family: Sequence[Comparison], plan: SearchPlan) -> str:
     means = [
         f"{c.experiment}, {c.case.removeprefix(ALL).strip()}: {difference(c)}, p {p_cell(c.corrected)}"
         for c in family
-        if c.case.startswith(ALL) and c.corrected is not None
+        if is_mean(c) and c.corrected is not None
     ]
     return text + (f" Mean over the budgets: {'; '.join(means)}." if means else "")
 
@@ -157,7 +163,7 @@ def short_table(records: Records, plan: SearchPlan) -> str:
             lines += [
                 f"| {experiment.recipe}, {experiment.metric}, at equal {WHAT[metric]} | "
                 + " | ".join(patterns)
-                + " | minus uniform, mean | p (Holm) | minus DominoSearch, mean | p (Holm) | search |",
+                + " | minus uniform | p (Holm) | minus DominoSearch | p (Holm) | search |",
                 "|---|" + "---:|" * (len(patterns) + 5),
             ]
             for arm in experiment.arms:
@@ -165,7 +171,8 @@ def short_table(records: Records, plan: SearchPlan) -> str:
                 if not any(cells):
                     continue
                 for against in EXPECTED:
-                    c = comparisons.get((experiment.name, case_of(ALL, metric), arm, against))
+                    whole = cases_of(patterns)[-1]
+                    c = comparisons.get((experiment.name, case_of(whole, metric), arm, against))
                     cells += (
                         ["", ""] if c is None or c.corrected is None else [difference(c), p_cell(c.corrected)]
                     )
@@ -229,7 +236,7 @@ def _main_table(
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     found = {(c.case, c.arm, c.against): c for c in comparisons if c.experiment == experiment.name}
-    for pattern in (*experiment.budgets[metric], ALL):
+    for pattern in cases_of(experiment.budgets[metric]):
         for arm in experiment.arms:
             values = finite(figures_by_seed(records, experiment, arm, pattern, metric))
             if not values:
@@ -262,10 +269,12 @@ def _shares(records: Records, experiment: Experiment, arm: str, pattern: str, me
 def _cost_table(records: Records, experiment: Experiment) -> list[str]:
     lines = [
         "Cost of a search, one thread: training steps, processor time and wall time (medians; others used "
-        "the machine as well), and processor time in parts of DominoSearch's and of the fine-tuning's.",
+        "the machine as well), processor time in parts of DominoSearch's and of the fine-tuning's, and how "
+        "often the scheme is the very one of DominoSearch.",
         "",
-        "| way | searches | steps | processor time | most | wall time | of DominoSearch | of tuning |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| way | searches | steps | processor time | most | wall time | of DominoSearch | of tuning "
+        "| same scheme |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     tune = statistics.median(
         r["cpu_seconds"]
@@ -288,6 +297,7 @@ def _cost_table(records: Records, experiment: Experiment) -> list[str]:
                 _seconds(statistics.median(search_seconds(records, experiment, arm, "seconds"))),
                 f"{middle / statistics.median(domino):.2g}" if domino else "",
                 f"{middle / tune:.2g}",
+                "" if arm == "domino" else _same_scheme(records, experiment, arm),
             )
         )
     return lines
@@ -322,5 +332,16 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 0.1 else f"{1e3 * value:.1f} ms"
 
 
-def _caveats(plan: SearchPlan) -> list[str]:
-    return ["## How to read this", ""]
+def _same_scheme(records: Records, experiment: Experiment, arm: str) -> str:
+    """In how many searches a way came to the very scheme of DominoSearch."""
+    same, both = 0, 0
+    for metric, patterns in experiment.budgets.items():
+        for pattern in patterns:
+            for seed in experiment.seeds:
+                ours, theirs = (
+                    records.get(job_of(experiment, way, seed, pattern, metric).key) for way in (arm, "domino")
+                )
+                if ours and theirs:
+                    both += 1
+                    same += ours["scheme"] == theirs["scheme"]
+    return f"{same} of {both}"
