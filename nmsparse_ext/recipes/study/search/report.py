@@ -102,8 +102,8 @@ def _summary(records: Records, comparisons: Sequence[Comparison], plan: SearchPl
     lines += [
         "",
         f'"Better" and "worse" mean: p < {plan.alpha:g} in a paired t test over the seeds, after Holm\'s '
-        f"correction within each of four families ({', '.join(families)}). No difference shown is not the same as "
-        "no difference: with so few seeds only large effects can be seen.",
+        f"correction within each of four families ({', '.join(families)}). No difference shown is not "
+        "the same as no difference: with so few seeds only large effects can be seen.",
     ]
     return lines
 
