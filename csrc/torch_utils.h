@@ -138,6 +138,28 @@ inline void check_prune_outputs(const Tensor& w, const Tensor& out, const std::o
 
 // A new contiguous tensor on the device of `like`. torch::stable::new_empty finds the same by name in the dispatcher,
 // which takes about as long as the product of a small layer.
+// A weight whose groups have thresholds.
+inline void check_thresholded(const Tensor& w, int64_t m, int64_t dim) {
+  const bool exact = w.scalar_type() == ScalarType::Double || w.scalar_type() == ScalarType::Float;
+  NMS_CHECK(exact, "weights must be float64 or float32");
+  check_grouping(w, 1, m, dim, false);
+}
+
+inline void check_thresholds(const Tensor& w, const Tensor& thresholds, int64_t m, int64_t dim) {
+  check_thresholded(w, m, dim);
+  NMS_CHECK(thresholds.scalar_type() == w.scalar_type(), "thresholds must have the dtype of ws");
+  NMS_CHECK(sizes_of(thresholds) == moved_last(sizes_of(w), dim, w.size(dim) / m),
+            "thresholds must have shape [other dims..., groups]");
+  NMS_CHECK(thresholds.is_contiguous(), "thresholds must be contiguous");
+  check_same_device(w, thresholds, "ws and thresholds");
+}
+
+inline void check_counts(const Tensor& counts, size_t length) {
+  NMS_CHECK(counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.dim() == 1 &&
+                counts.size(0) == static_cast<int64_t>(length),
+            "counts must be torch.int64 [", length, "]");
+}
+
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);

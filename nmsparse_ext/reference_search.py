@@ -39,7 +39,8 @@ def group_thresholds(w: Tensor, m: int, dim: int) -> Tensor:
     total = torch.zeros(smallest.shape[:-1], dtype=torch.float64, device=w.device)
     for i in range(half):
         total += smallest[..., i]
-    return (total / half).to(w.dtype)
+    mean = (total / half).to(w.dtype)
+    return torch.where(mean.isnan(), torch.nan, mean)  # one of all the NaNs
 
 
 def foreach_vote(

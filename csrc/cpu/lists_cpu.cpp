@@ -1,4 +1,5 @@
-// add_pruned_, foreach_add_pruned, foreach_apply_bits, foreach_reselect: what a training step does to sparse weights.
+// add_pruned_, foreach_add_pruned, foreach_add_kept, foreach_apply_bits, foreach_reselect: what a training step does to
+// sparse weights.
 //
 // What    One call a step instead of several a weight, and one pass over memory for each of them: the sum is not a copy
 //         and an addition, and a new mask is compared with the old one and written while it is in the first cache.
@@ -24,6 +25,8 @@ void check_result(const Tensor& w, const Tensor& out) {
   check_same_device(w, out, "ws and outs");
   check_writable(out, "outs");
 }
+
+int log2_size(int64_t element) { return element == 1 ? 0 : element == 2 ? 1 : element == 4 ? 2 : 3; }
 
 bool past_cache(const Tensor& out) { return out.numel() * static_cast<int64_t>(out.element_size()) >= kStreamBytes; }
 
@@ -58,6 +61,51 @@ void add_pruned_tiles(const Tensor& grad, const Tensor& w, const Tensor& bits, i
   });
 }
 
+// out = where(bit, grad + factor * w, 0); grad is out, or shares its dtype and strides.
+void add_kept_tiles(const Tensor& grad, const Tensor& w, const Tensor& bits, int64_t dim, double factor,
+                    const Tensor& out) {
+  const DType dtype = gradient_dtype_of(out, "outs");
+  const DType w_dtype = gradient_dtype_of(w, "ws");
+  const Panels panels = make_panels(out, &w, dim, 8);
+  const int64_t element = static_cast<int64_t>(out.element_size());
+  const int64_t w_element = static_cast<int64_t>(w.element_size());
+  const int64_t bits_row = ceil_div(panels.k, 8);
+  const bool floats = dtype == DType::kFloat32 && w_dtype == DType::kFloat32 && panels.a.k == 1 && panels.b.k == 1;
+  const bool stream = const_bytes_of(grad) != const_bytes_of(out) && past_cache(out);
+  const AddPrunedFn add = kernels().add_kept;
+  const ApplyFn mask = kernels().apply_bits[log2_size(element)];
+  parallel_tiles(panels, 8, [&](const Tile& tile) {
+    const uint8_t* tile_bits = const_bytes_of(bits) + tile.first_row * bits_row + tile.first_k / 8;
+    const uint8_t* tile_grad = const_bytes_of(grad) + tile.a * element;
+    const uint8_t* tile_w = const_bytes_of(w) + tile.b * w_element;
+    uint8_t* tile_out = bytes_of(out) + tile.a * element;
+    if (floats) {
+      for (int64_t r = 0; r < tile.rows; ++r)
+        add({reinterpret_cast<const float*>(tile_grad + r * panels.a.row * element),
+             reinterpret_cast<const float*>(tile_w + r * panels.b.row * w_element),
+             reinterpret_cast<float*>(tile_out + r * panels.a.row * element), tile_bits + r * bits_row, tile.k,
+             static_cast<float>(factor), stream});
+      return;
+    }
+    // Of other layouts and dtypes a tile is summed, then masked while it is in the cache.
+    add_scaled(
+        dtype, w_dtype,
+        {tile_grad, tile_out, panels.a.row, panels.a.k, tile_w, panels.b.row, panels.b.k, tile.rows, tile.k, factor});
+    ApplyPanel p;
+    p.src = tile_out;
+    p.src_row = panels.a.row;
+    p.src_k = panels.a.k;
+    p.dst = tile_out;
+    p.dst_row = panels.a.row;
+    p.dst_k = panels.a.k;
+    p.bits = tile_bits;
+    p.bits_row = bits_row;
+    p.rows = tile.rows;
+    p.k = tile.k;
+    mask(p);
+  });
+}
+
 double read_scale(const std::optional<Tensor>& scale) {
   if (!scale) return 1;
   NMS_CHECK(scale->scalar_type() == ScalarType::Float && scale->numel() == 1 && scale->is_cpu(),
@@ -74,8 +122,11 @@ void add_pruned_inplace_cpu(const Tensor& grad, const Tensor& w, const Tensor& b
   add_pruned_tiles(grad, w, bits, dim, alpha * read_scale(scale), grad);
 }
 
-void foreach_add_pruned_cpu(const Tensors& grads, const Tensors& ws, const Tensors& bits, const Ints& dims,
-                            const std::vector<double>& alphas, std::optional<Tensor> scale, const Tensors& outs) {
+// add(grad, w, bits, dim, factor, out) for each weight; grad has the dtype and the strides of out.
+template <class Add>
+void foreach_add(const Tensors& grads, const Tensors& ws, const Tensors& bits, const Ints& dims,
+                 const std::vector<double>& alphas, const std::optional<Tensor>& scale, const Tensors& outs,
+                 const Add& add) {
   for (size_t length : {grads.size(), bits.size(), dims.size(), alphas.size(), outs.size()})
     check_length(length, ws.size());
   const double factor = read_scale(scale);
@@ -93,8 +144,18 @@ void foreach_add_pruned_cpu(const Tensors& grads, const Tensors& ws, const Tenso
       torch::stable::copy_(target, grad);
       grad = outs[i];
     }
-    add_pruned_tiles(grad, ws[i], bits[i], dims[i], factor * alphas[i], outs[i]);
+    add(grad, ws[i], bits[i], dims[i], factor * alphas[i], outs[i]);
   }
+}
+
+void foreach_add_pruned_cpu(const Tensors& grads, const Tensors& ws, const Tensors& bits, const Ints& dims,
+                            const std::vector<double>& alphas, std::optional<Tensor> scale, const Tensors& outs) {
+  foreach_add(grads, ws, bits, dims, alphas, scale, outs, add_pruned_tiles);
+}
+
+void foreach_add_kept_cpu(const Tensors& grads, const Tensors& ws, const Tensors& bits, const Ints& dims,
+                          const std::vector<double>& alphas, std::optional<Tensor> scale, const Tensors& outs) {
+  foreach_add(grads, ws, bits, dims, alphas, scale, outs, add_kept_tiles);
 }
 
 ApplyPanel apply_panel(const Panels& panels, const Tile& tile, const Tensor& w, const Tensor& out, const uint8_t* bits,
@@ -112,8 +173,6 @@ ApplyPanel apply_panel(const Panels& panels, const Tile& tile, const Tensor& w, 
   p.k = tile.k;
   return p;
 }
-
-int log2_size(int64_t element) { return element == 1 ? 0 : element == 2 ? 1 : element == 4 ? 2 : 3; }
 
 // Calls the masked copy of one dtype, or from one to another.
 class MaskedCopy {
@@ -219,6 +278,7 @@ void foreach_reselect_cpu(const Tensors& ws, const Ints& ns, const Ints& ms, con
 STABLE_TORCH_LIBRARY_IMPL(nmsparse, CPU, m) {
   m.impl("add_pruned_", TORCH_BOX(&add_pruned_inplace_cpu));
   m.impl("foreach_add_pruned", TORCH_BOX(&foreach_add_pruned_cpu));
+  m.impl("foreach_add_kept", TORCH_BOX(&foreach_add_kept_cpu));
   m.impl("foreach_apply_bits", TORCH_BOX(&foreach_apply_bits_cpu));
   m.impl("foreach_reselect", TORCH_BOX(&foreach_reselect_cpu));
 }

@@ -53,7 +53,8 @@ struct CompressPanel {
   bool stream;  // write the values past the cache
 };
 
-// out = grad + factor * where(bit, 0, w), one row of contiguous float32. Entries with a bit are copied as they are.
+// One row of contiguous float32. Add pruned: out = grad + factor * where(bit, 0, w); entries with a bit are copied as
+// they are. Add kept: out = where(bit, grad + factor * w, 0).
 struct AddPrunedRow {
   const float* grad;    // [k]
   const float* w;       // [k]
@@ -64,10 +65,21 @@ struct AddPrunedRow {
   bool stream;  // write out past the cache
 };
 
+// Counts groups with fewer than n weights above the group's threshold, by their keys.
+struct VotePanel {
+  const void* w;  // [rows, k]; k is a multiple of m
+  int64_t w_row, w_k;
+  const void* thresholds;  // [rows, thresholds_row] of w's type, of which k / m are read
+  int64_t thresholds_row;
+  int64_t rows, k;
+  int n, m;
+};
+
 using SelectFn = void (*)(const SelectPanel&);
 using ApplyFn = void (*)(const ApplyPanel&);
 using CompressFn = void (*)(const CompressPanel&);
 using AddPrunedFn = void (*)(const AddPrunedRow&);
+using VoteFn = int64_t (*)(const VotePanel&);
 
 struct Kernels {
   const char* isa;  // "scalar", "avx2", "avx512"
@@ -75,7 +87,9 @@ struct Kernels {
   CompressFn compress[kNumDTypes];
   ApplyFn apply_bits[4];  // by log2 of the element size: 1, 2, 4, 8 bytes
   AddPrunedFn add_pruned;
+  AddPrunedFn add_kept;
   int64_t (*count_differing)(const uint8_t* a, const uint8_t* b, int64_t bytes);  // differing bits
+  VoteFn vote[2];                                                                 // of float64, float32
   LinearTable linear = {};                                                        // filled by dispatch.cpp
   ConvTable conv = {};                                                            // likewise
   OptimTable optim = {};                                                          // likewise
@@ -119,6 +133,23 @@ int64_t find_bad_indices(const uint8_t* indices, int64_t indices_row, int64_t ro
 // grad += factor * w where the bit is 0. One strided row of k elements.
 void add_pruned(DType grad_dtype, void* grad, int64_t grad_k, DType w_dtype, const void* w, int64_t w_k,
                 const uint8_t* bits, int64_t k, double factor);
+
+// out = grad + factor * w, element for element. `out` and `grad` are of one type and share their strides; grad may be
+// out.
+struct AddPanel {
+  const void* grad;  // [rows, k]
+  void* out;         // [rows, k]
+  int64_t out_row, out_k;
+  const void* w;  // [rows, k]
+  int64_t w_row, w_k;
+  int64_t rows, k;
+  double factor;
+};
+void add_scaled(DType out_dtype, DType w_dtype, const AddPanel& p);
+
+// thresholds[r, g] = mean of the m / 2 smallest |w| of group g of row r. float64 or float32; k is a multiple of m >= 2.
+void group_thresholds(DType dtype, const void* w, int64_t w_row, int64_t w_k, void* thresholds, int64_t thresholds_row,
+                      int64_t rows, int64_t k, int m);
 
 // As Kernels::apply_bits, where dst is of another dtype than src: each value is rounded to it. Both as of gradients.
 void apply_bits_rounded(DType src_dtype, DType dst_dtype, const ApplyPanel& p);

@@ -11,6 +11,7 @@
 #include "../../core/bits.h"
 #include "../../core/dtype.h"
 #include "../../core/packed.h"
+#include "../../core/select.h"
 #include "kernels.h"
 #include "target_region.h"
 
@@ -42,6 +43,8 @@ namespace {
 #include "simd_compress.h"
 
 #include "simd_add_pruned.h"
+
+#include "simd_votes.h"
 
 #include "simd_table.h"
 

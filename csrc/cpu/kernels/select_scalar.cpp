@@ -6,6 +6,7 @@
 #include "../../core/packed.h"
 #include "../../core/dtype_switch.h"
 #include "group_masks.h"
+#include "votes.h"
 #include "kernels.h"
 
 namespace nms {
@@ -94,6 +95,14 @@ void add_pruned_row(const AddPrunedRow& row) {
   }
 }
 
+void add_kept_row(const AddPrunedRow& row) {
+  static constexpr ByteMasks<uint32_t> kMasks;
+  for (int64_t i = 0; i < row.k; ++i) {
+    const float sum = row.grad[i] + row.factor * row.w[i];
+    row.out[i] = bit_cast<float>(bit_cast<uint32_t>(sum) & kMasks.of[row.bits[i >> 3]][i & 7]);
+  }
+}
+
 int64_t count_differing(const uint8_t* a, const uint8_t* b, int64_t bytes) {
   int64_t count = 0;
   int64_t i = 0;
@@ -114,7 +123,9 @@ Kernels make_table(std::integer_sequence<int, Is...>) {
                  {compress<static_cast<DType>(Is)>...},
                  {apply_bits<uint8_t>, apply_bits<uint16_t>, apply_bits<uint32_t>, apply_bits<uint64_t>},
                  add_pruned_row,
-                 count_differing};
+                 add_kept_row,
+                 count_differing,
+                 {count_votes<DType::kFloat64>, count_votes<DType::kFloat32>}};
 }
 
 }  // namespace

@@ -1,12 +1,14 @@
-// The gradient that SR-STE hands to the optimizer: the sum of a gradient and a multiple of the pruned weights.
+// The gradients that SR-STE and DominoSearch hand to the optimizer: the sum of a gradient and a multiple of the pruned,
+// or of the kept weights.
 //
 // Note    Included inside a target region, after simd_rows.h.
 #pragma once
 
-template <bool kStream>
-void add_pruned_row(const AddPrunedRow& row) {
-  constexpr int kFloats = PrunedSum::kFloats;
-  const PrunedSum sum(row.factor);
+// Sum: PrunedSum or KeptSum.
+template <class Sum, bool kStream>
+void add_row(const AddPrunedRow& row) {
+  constexpr int kFloats = Sum::kFloats;
+  const Sum sum(row.factor);
   int64_t i = 0;
   for (; i + kFloats <= row.k; i += kFloats) {
     const Vec v = sum.of(row.grad + i, row.w + i, row.bits + i / 8);
@@ -27,9 +29,10 @@ void add_pruned_row(const AddPrunedRow& row) {
   }
 }
 
-inline void add_pruned(const AddPrunedRow& row) {
+template <class Sum>
+void add_row(const AddPrunedRow& row) {
   if (row.stream && is_aligned(row.out, kVectorBytes))
-    add_pruned_row<true>(row);
+    add_row<Sum, true>(row);
   else
-    add_pruned_row<false>(row);
+    add_row<Sum, false>(row);
 }

@@ -444,3 +444,18 @@ struct PrunedSum {
     return _mm256_castps_si256(_mm256_blendv_ps(sum, g, _mm256_castsi256_ps(kept)));
   }
 };
+
+// where(bit, grad + factor * w, 0), in the same way.
+struct KeptSum {
+  static constexpr int kFloats = 8;
+  __m256 factor;
+  __m256i places;
+
+  explicit NMS_INLINE KeptSum(float f)
+      : factor(_mm256_set1_ps(f)), places(_mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128)) {}
+  NMS_INLINE Vec of(const float* grad, const float* w, const uint8_t* bits) const {
+    const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(*bits), places), places);
+    const __m256 sum = _mm256_add_ps(_mm256_loadu_ps(grad), _mm256_mul_ps(factor, _mm256_loadu_ps(w)));
+    return _mm256_and_si256(_mm256_castps_si256(sum), kept);
+  }
+};

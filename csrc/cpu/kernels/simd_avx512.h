@@ -358,3 +358,17 @@ struct PrunedSum {
     return _mm512_castps_si512(_mm512_mask_add_ps(g, _knot_mask16(kept), g, term));
   }
 };
+
+// where(bit, grad + factor * w, 0), in the same way.
+struct KeptSum {
+  static constexpr int kFloats = 16;
+  __m512 factor;
+
+  explicit NMS_INLINE KeptSum(float f) : factor(_mm512_set1_ps(f)) {}
+  NMS_INLINE Vec of(const float* grad, const float* w, const uint8_t* bits) const {
+    __mmask16 kept;
+    std::memcpy(&kept, bits, sizeof(kept));
+    const __m512 term = _mm512_mul_ps(factor, _mm512_loadu_ps(w));
+    return _mm512_castps_si512(_mm512_maskz_add_ps(kept, _mm512_loadu_ps(grad), term));
+  }
+};

@@ -20,7 +20,9 @@ inline Kernels simd_table(const char* isa) {
   table.apply_bits[0] = apply_bits<1>;
   table.apply_bits[1] = apply_bits<2>;
   table.apply_bits[2] = apply_bits<4>;
-  table.add_pruned = add_pruned;
+  table.add_pruned = add_row<PrunedSum>;
+  table.add_kept = add_row<KeptSum>;
   table.count_differing = count_differing;
+  table.vote[1] = count_votes;
   return table;
 }
