@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .scheme import Scheme
     from .search import Budget, domino_search
     from .search.allocate import allocate
+    from .search.permute import permute_channels
     from .train import Sparsifier
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ __all__ = [
     "nm_mask",
     "nm_prune",
     "nm_prune_",
+    "permute_channels",
     "sad",
     "save_file",
     "summary",
@@ -71,6 +73,7 @@ _LAZY = {
     "fold_batch_norm": "deploy",
     "load_file": "deploy",
     "load_into": "deploy",
+    "permute_channels": "search",
     "save_file": "deploy",
     "summary": "deploy",
 }

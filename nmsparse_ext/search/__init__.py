@@ -10,6 +10,7 @@ from .domino import DominoResult, domino_search
 from .erk import Erk, erk_densities
 from .erk_scheme import erk_scheme
 from .latency import LatencyTable, measure_latency
+from .permute import Permutation, permute_channels
 
 __all__ = [
     "Allocation",
@@ -21,10 +22,12 @@ __all__ = [
     "DominoResult",
     "Erk",
     "LatencyTable",
+    "Permutation",
     "allocate",
     "domino_search",
     "erk_densities",
     "erk_scheme",
     "find_candidates",
     "measure_latency",
+    "permute_channels",
 ]
