@@ -19,15 +19,21 @@ NMS_HD int count_above(const typename Element<D>::Bits* group /* [m], strided */
   return above;
 }
 
+// The keys of a strided group, for select_group: a GPU has no registers to index for them.
+template <DType D>
+struct GroupKeys {
+  const typename Element<D>::Bits* group;
+  int64_t stride;
+  NMS_HD typename Element<D>::Key operator[](int i) const { return magnitude_key<D>(group[i * stride]); }
+};
+
 // The mean of the m / 2 smallest |w|: those that the selection rule would prune, added up in float64 in the order of
 // their positions, and rounded once. Any NaN is the usual one.
 template <DType D>
 NMS_HD typename Element<D>::Bits group_threshold(const typename Element<D>::Bits* group /* [m], strided */,
                                                  int64_t stride, int m /* >= 2 */) {
-  typename Element<D>::Key keys[kMaxM] = {};
-  for (int i = 0; i < m; ++i) keys[i] = magnitude_key<D>(group[i * stride]);
   const int half = m / 2;
-  const uint64_t kept = select_group(keys, m, m - half);
+  const uint64_t kept = select_group(GroupKeys<D>{group, stride}, m, m - half);
   double sum = 0;
   for (int i = 0; i < m; ++i) {
     if (kept >> i & 1) continue;

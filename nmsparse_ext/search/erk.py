@@ -36,8 +36,8 @@ def erk_densities(shapes: Mapping[str, Sequence[int]], density: float, *, dense:
             be kept join them one by one, largest first, and epsilon is found anew.
 
     Returns:
-        Epsilon and the densities. ``sum(density_l * prod(shape_l))`` is ``density`` of all weights. Where all
-        of them are dense, epsilon is infinite.
+        Epsilon and the densities. ``sum(density_l * prod(shape_l))`` is ``density`` of all weights, rounded
+        up to whole ones layer by layer. Where all of them are dense, epsilon is infinite.
 
     Raises:
         ValueError: If ``density`` is out of range, a name in ``dense`` is unknown, a shape is not one of
@@ -57,7 +57,8 @@ def erk_densities(shapes: Mapping[str, Sequence[int]], density: float, *, dense:
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     sums = {name: sum(shape) for name, shape in shapes.items()}
     whole = set(dense)
-    kept = density * sum(sizes.values())
+    # Whole weights: of each layer ``floor((1 - density) * size)`` are pruned on average, as the authors count.
+    kept = sum(size - math.floor((1 - density) * size) for size in sizes.values())
     while True:
         rest = [name for name in shapes if name not in whole]
         left = kept - sum(sizes[name] for name in whole)

@@ -163,6 +163,20 @@ NMS_HD double multiply_add(double a, double b, double c) {
 #endif
 }
 
+// sum + factor * weight. G, W: the types of sum and weight.
+template <DType G, DType W>
+NMS_HD typename Element<G>::Bits add_multiple(typename Element<G>::Bits sum, typename Element<W>::Bits weight,
+                                              typename Arithmetic<G>::Type factor) {
+  using Sum = typename Arithmetic<G>::Type;
+  return from_arithmetic<G>(multiply_add(factor, static_cast<Sum>(to_arithmetic<W>(weight)), to_arithmetic<G>(sum)));
+}
+
+// Eight elements, in whole chunks where they fill one.
+template <class Bits>
+struct alignas(sizeof(Bits) * 8 < kChunkBytes ? sizeof(Bits) * 8 : kChunkBytes) Eight {
+  Bits element[8];
+};
+
 // grad += alpha * scale * w where the bit is 0. G, W: their element types.
 template <DType G, DType W>
 struct AddPruned {
@@ -191,28 +205,18 @@ struct AddPruned {
       for (int i = 0; i < static_cast<int>(at.len); ++i) {
         if (byte >> i & 1) continue;
         GradBits& sum = grad[at.a + i * spans.layout.a_k];
-        sum = added(sum, w[at.b + i * spans.layout.b_k], factor);
+        sum = add_multiple<G, W>(sum, w[at.b + i * spans.layout.b_k], factor);
       }
     }
   }
 
  private:
-  // Eight elements, in whole chunks where they fill one.
-  template <class Bits>
-  struct alignas(sizeof(Bits) * 8 < kChunkBytes ? sizeof(Bits) * 8 : kChunkBytes) Eight {
-    Bits element[8];
-  };
-
-  NMS_HD static GradBits added(GradBits sum, WeightBits weight, Sum factor) {
-    return from_arithmetic<G>(multiply_add(factor, static_cast<Sum>(to_arithmetic<W>(weight)), to_arithmetic<G>(sum)));
-  }
-
   NMS_HD static void add_whole(GradBits* grad, const WeightBits* w, uint8_t byte, Sum factor) {
     auto sums = *reinterpret_cast<const Eight<GradBits>*>(grad);
     const auto weights = *reinterpret_cast<const Eight<WeightBits>*>(w);
     NMS_UNROLL
     for (int i = 0; i < 8; ++i)
-      if (!(byte >> i & 1)) sums.element[i] = added(sums.element[i], weights.element[i], factor);
+      if (!(byte >> i & 1)) sums.element[i] = add_multiple<G, W>(sums.element[i], weights.element[i], factor);
     *reinterpret_cast<Eight<GradBits>*>(grad) = sums;
   }
 };
