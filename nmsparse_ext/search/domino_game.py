@@ -143,8 +143,9 @@ class Game:
             macs: ``{name: multiply-accumulates}`` of the dense weights.
         """
         density = {name: pattern.density for name, pattern in self.patterns.items()}
-        # ERK sparsity minus present sparsity.
-        missing = {name: density[name] - self.erk.densities[name] for name in self.n}
+        # ERK sparsity minus present sparsity. What must not stay dense lacks at least its densest candidate.
+        densest = {name: patterns[0].density for name, patterns in self._candidates.items()}
+        missing = {name: density[name] - min(self.erk.densities[name], densest[name]) for name in self.n}
         scale = max(map(abs, missing.values())) if max(missing.values()) >= 0.01 else 0.0
         work = {name: macs[name] * density[name] for name in self.n}
         most = max(work.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,13 +112,14 @@ class Search:
             self._check_ranks(state)
             _assign(start, state["start"], checkpoint)
             self._game.load_state_dict(state["game"])
-            self.steps, self.losses = state["steps"], list(state["losses"])
+            self.steps = state["steps"]
             _assign(tensors, state["tensors"], checkpoint)
         optimizer = torch.optim.SGD(
             [p for p in self._model.parameters() if p.requires_grad],
             lr=self._training.lr,
             momentum=self._training.momentum,
             weight_decay=self._training.weight_decay,
+            fused=_can_fuse(tensors.values()) or None,
         )
         rule = Pull()
         sparsest = {name: self._game.sparsest(name) for name in self._game.n}
@@ -307,7 +308,12 @@ class Search:
 
     def _rank_state(self) -> dict[str, Any]:
         device = next(iter(self._weights.values())).dense.device
-        state: dict[str, Any] = {"random": domino_file.random_state(device)}
+        state: dict[str, Any] = {
+            "random": domino_file.random_state(device),
+            "losses": self.losses,
+            "sum": None if self._sum is None else float(self._sum),
+            "summed": self._summed,
+        }
         if hasattr(self._step, "state_dict"):
             state["step"] = self._step.state_dict()
         return state
@@ -318,8 +324,6 @@ class Search:
         return {
             "steps": self.steps,
             "game": self._game.state_dict(),
-            "losses": self.losses,
-            "sum": (self._sum, self._summed),
             "macs": self._macs,
             "factors": self._factors,
             "thresholds": self._thresholds,
@@ -336,9 +340,9 @@ class Search:
         }
         self._macs, self._factors = state["macs"], state["factors"]
         device = next(iter(self._weights.values())).dense.device
-        total, self._summed = state["sum"]
-        self._sum = None if total is None else total.to(device)
         mine = state["ranks"][self._rank]
+        self.losses, self._summed = list(mine["losses"]), mine["summed"]
+        self._sum = None if mine["sum"] is None else torch.tensor(mine["sum"], device=device)
         domino_file.set_random_state(mine["random"], device)
         if "step" in mine and hasattr(self._step, "load_state_dict"):
             self._step.load_state_dict(mine["step"])
@@ -371,6 +375,11 @@ def _known_macs(macs: Mapping[str, int | None], game: Game) -> dict[str, int]:
     if unknown and game.needs_macs:
         raise ValueError(f"MACs of {', '.join(unknown)} cannot be counted: skip them, or give macs_weight=0")
     return {name: macs[name] or 0 for name in game.n}
+
+
+def _can_fuse(tensors: Iterable[Tensor]) -> bool:
+    """Whether torch has an optimizer step of one kernel for them."""
+    return all(tensor.device.type in ("cpu", "cuda") and not is_dtensor(tensor) for tensor in tensors)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

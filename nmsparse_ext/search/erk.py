@@ -57,7 +57,7 @@ def erk_densities(shapes: Mapping[str, Sequence[int]], density: float, *, dense:
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     sums = {name: sum(shape) for name, shape in shapes.items()}
     whole = set(dense)
-    # Whole weights: of each layer ``floor((1 - density) * size)`` are pruned on average, as the authors count.
+    # In whole weights, as the authors count: of a layer of average density, floor((1 - density) * size) go.
     kept = sum(size - math.floor((1 - density) * size) for size in sizes.values())
     while True:
         rest = [name for name in shapes if name not in whole]

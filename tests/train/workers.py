@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel as DDP
+from train import domino_ranks
 from train.common import assert_same, assert_satisfies, batch, loss_of, mlp, train
 
 import nmsparse_ext as nms
@@ -29,7 +30,7 @@ from nmsparse_ext.train import Sparsifier
 
 WORLD = 2
 LAMBDA = 0.05
-CASES: dict[str, Callable[[pathlib.Path], None]] = {}
+CASES: dict[str, Callable[[pathlib.Path], None]] = {**domino_ranks.CASES}
 
 
 def case(function: Callable[[pathlib.Path], None]) -> Callable[[pathlib.Path], None]:
