@@ -1,5 +1,5 @@
-// DominoSearch's kernels, of the CPU and of CUDA, against the formulas: thresholds, votes, and the pull on kept weights.
-// Every buffer is exactly as large as a kernel may touch.
+// DominoSearch's kernels, of the CPU and of CUDA, against the formulas: thresholds, votes, and the pull on kept
+// weights. Every buffer is exactly as large as a kernel may touch.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -123,8 +123,7 @@ void check_add_kept(const Shape& out_shape, const Shape& w_shape) {
   }
   const auto check = [&](Buffer<BitsOf<G>>& got, const std::vector<BitsOf<G>>& wanted) {
     for (int64_t row = 0; row < w_shape.rows(); ++row)
-      for (int64_t i = 0; i < w_shape.k(); ++i)
-        CHECK_EQ(got[out_shape.offset(row, i)], wanted[row * w_shape.k() + i]);
+      for (int64_t i = 0; i < w_shape.k(); ++i) CHECK_EQ(got[out_shape.offset(row, i)], wanted[row * w_shape.k() + i]);
   };
   // The CPU's sum of any layout, row by row; masking is another kernel's.
   for (int64_t row = 0; row < w_shape.rows(); ++row) {
