@@ -38,8 +38,7 @@ STABLE_TORCH_LIBRARY(nmsparse, m) {
   m.def(
       "foreach_add_kept(Tensor[] grads, Tensor[] ws, Tensor[] bits, int[] dims, float[] alphas, Tensor? scale, "
       "Tensor(a!)[] outs) -> ()");
-  m.def(
-      "foreach_vote(Tensor[] ws, Tensor[] thresholds, int[] ns, int[] ms, int[] dims, Tensor(a!) counts) -> ()");
+  m.def("foreach_vote(Tensor[] ws, Tensor[] thresholds, int[] ns, int[] ms, int[] dims, Tensor(a!) counts) -> ()");
   m.def("group_thresholds(Tensor w, int m, int dim) -> Tensor");
   m.def("panel_pack(Tensor values, Tensor indices, int n, int m, SymInt k) -> (Tensor, Tensor)");
   m.def(
