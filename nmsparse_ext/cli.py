@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nmsparse_ext._cli import EXIT_FAILED, EXIT_USAGE, JsonOption, usage_errors
+from nmsparse_ext.cli_search import search
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nmsparse_ext import Pattern
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
 
 app = typer.Typer(
     help="N:M sparsity for PyTorch: choose a pattern, train with it, pack it, run it.",
@@ -31,7 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 FileArgument = Annotated[
     Path, typer.Argument(help="A safetensors file, dense or packed.", show_default=False)
 ]
@@ -40,16 +37,6 @@ FileArgument = Annotated[
 def main() -> None:
     """Entry point of the ``nmsparse`` command."""
     app()
-
-
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Turn errors that the caller can mend into one line on stderr and exit code 2."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        typer.echo(f"nmsparse: {error}", err=True)
-        raise typer.Exit(EXIT_USAGE) from None
 
 
 # ----------------------------------------------------------------------------------------------------- demo
@@ -69,7 +56,7 @@ def demo(
     ] = False,
 ) -> None:
     """Do the whole job on handwritten digits: train 2:4, check, pack, save, load, compare, report."""
-    with _usage_errors():
+    with usage_errors():
         try:
             from nmsparse_ext.recipes.demo import Settings, run_demo
 
@@ -108,7 +95,7 @@ def train(
         for recipe in RECIPES.values():
             typer.echo(f"  {recipe.name:<{width}}  {recipe.summary}")
         raise typer.Exit(0 if name in ("", "--help") else EXIT_USAGE)
-    with _usage_errors():
+    with usage_errors():
         try:
             from nmsparse_ext.recipes.config import parse_config
             from nmsparse_ext.recipes.loop import out_folder
@@ -151,7 +138,7 @@ def study_run(
     only: Annotated[str | None, typer.Option(help="Make the runs of this experiment alone.")] = None,
 ) -> None:
     """Make the runs of the plan that FILE lacks, one after the other, adding a line for each."""
-    with _usage_errors():
+    with usage_errors():
         from nmsparse_ext.recipes.study.plan import load_plan
         from nmsparse_ext.recipes.study.runs import run_study
 
@@ -174,11 +161,16 @@ def study_report(
     plan: PlanOption = None,
 ) -> None:
     """Write the study's page, with tables and plots, from the results in FILE."""
-    with _usage_errors():
+    with usage_errors():
         from nmsparse_ext.recipes.study.plan import load_plan
         from nmsparse_ext.recipes.study.report import write_report
 
         typer.echo(str(write_report(file, load_plan(plan), out)))
+
+
+# --------------------------------------------------------------------------------------------------- search
+
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(search)
 
 
 # ----------------------------------------------------------------------------------------------------- info
@@ -220,7 +212,7 @@ def verify(
     """
     import nmsparse_ext as nms
 
-    with _usage_errors():
+    with usage_errors():
         parsed = nms.Pattern.parse(pattern)
         tensors = nms.load_file(file)
         rows = [
@@ -289,7 +281,7 @@ def inspect(file: FileArgument, as_json: JsonOption = False) -> None:
     """List what FILE holds: shapes, dtypes, bytes, and how sparse it is."""
     import nmsparse_ext as nms
 
-    with _usage_errors():
+    with usage_errors():
         rows = [{"name": name, **_describe(tensor)} for name, tensor in nms.load_file(file).items()]
     total = sum(row["bytes"] for row in rows)
     dense = sum(row["dense_bytes"] for row in rows)

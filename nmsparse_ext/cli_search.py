@@ -1,0 +1,154 @@
+"""``nmsparse search``: a scheme for a model, from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nmsparse_ext._cli import JsonOption, usage_errors
+
+if TYPE_CHECKING:
+    from nmsparse_ext import Budget, Scheme
+    from nmsparse_ext.recipes.searched import Searched
+
+METHODS = ("allocate", "domino", "erk")
+
+
+def search(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe's name, a factory pkg.mod:fn, or the folder of a transformers model.",
+            show_default=False,
+        ),
+    ],
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            help="params=0.125, macs=, bytes=10MB or latency=3ms: fractions of dense, or absolute; "
+            "several hold at once.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where the scheme goes (JSON).", show_default=False)
+    ] = None,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "allocate",
+    criterion: Annotated[str, typer.Option(help="For allocate: magnitude, taylor or output.")] = "magnitude",
+    m: Annotated[int, typer.Option(min=2, help="The group size.")] = 16,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(help="n:m that a weight may become; by default powers of two, and dense."),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(help="What stays dense; globs allowed. By default what a recipe says."),
+    ] = None,
+    embeds_in_24: Annotated[
+        bool, typer.Option("--embeds-in-24", help="Only patterns that run on sparse tensor cores.")
+    ] = False,
+    step: Annotated[
+        str | None,
+        typer.Option(help="pkg.mod:fn, fn(model) -> loss; for domino and taylor where no recipe has one."),
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Batches that taylor and output look at.")] = 8,
+    max_steps: Annotated[int, typer.Option(min=1, help="For domino: the most steps.")] = 100_000,
+    chart: Annotated[
+        Path | None, typer.Option(help="A picture of the scheme (PNG).", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Search a pattern for every weight of MODEL within a budget, and save the scheme.
+
+    Further flags go to the recipe: `nmsparse search digits-resnet --budget params=0.25 --start FILE`.
+    """
+    with usage_errors():
+        try:
+            from nmsparse_ext.recipes.searched import load_searched
+
+            if method not in METHODS:
+                raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
+            found = load_searched(model, context.args, step=step)
+            from nmsparse_ext import Budget
+            from nmsparse_ext.search import Constraints
+
+            limits = Budget.parse([part for text in budget for part in text.split(",")])
+            arguments: dict[str, Any] = {
+                "m": m,
+                "candidates": candidate or None,
+                "skip": found.skip if skip is None else skip,
+                "constraints": Constraints(embeds_in_24=embeds_in_24),
+                "example_input": found.example_input,
+            }
+            scheme, text, record = _run(found, method, criterion, limits, batches, max_steps, arguments)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{error}; the search needs `pip install nmsparse_ext[search,train]`") from None
+        if out is not None:
+            scheme.save(out)
+        if chart is not None:
+            from nmsparse_ext.scheme_chart import save_chart
+
+            save_chart(found.model, scheme, chart, found.example_input)
+    typer.echo(json.dumps(record, indent=1) if as_json else _text(scheme, text, out))
+
+
+def _run(
+    found: Searched,
+    method: str,
+    criterion: str,
+    budget: Budget,
+    batches: int,
+    max_steps: int,
+    arguments: dict[str, Any],
+) -> tuple[Scheme, str, dict[str, Any]]:
+    """Searches; returns the scheme, and what to print as text and as JSON."""
+    import nmsparse_ext as nms
+    from nmsparse_ext.search import Costs, erk_scheme, find_candidates, measure_latency
+
+    if budget.latency is not None:
+        of = {key: arguments[key] for key in ("m", "candidates", "skip", "constraints")}
+        if found.example_input is None:
+            raise ValueError("a budget of latency needs an input: a recipe, or a factory that returns one")
+        arguments["latency"] = measure_latency(
+            found.model, found.example_input, find_candidates(found.model, **of)
+        )
+    if method == "allocate":
+        allocation = nms.allocate(
+            found.model,
+            budget,
+            criterion=criterion,
+            step=found.step,
+            steps=batches,
+            calibration=found.calibration(batches) if criterion == "output" else None,
+            **arguments,
+        )
+        return allocation.scheme, str(allocation), allocation.to_json()
+    if method == "erk":
+        scheme = erk_scheme(found.model, budget, **arguments)
+    else:
+        if found.step is None:
+            raise ValueError("--method domino trains the model: a recipe, or --step pkg.mod:fn, says how")
+        domino = nms.search.domino_search(
+            found.model, found.step, budget=budget, max_steps=max_steps, **arguments
+        )
+        scheme = domino.scheme
+    costs = Costs(found.model, found.example_input, latency=arguments.get("latency"))
+    left = ", ".join(f"{metric} {share:.1%}" for metric, share in costs.shares(scheme).items())
+    record = {
+        "scheme": {name: str(pattern) for name, pattern in scheme.items()},
+        "stays_dense": dict(scheme.dense),
+        "costs": costs.total(scheme).as_dict(),
+        "dense": costs.dense.as_dict(),
+    }
+    return scheme, f"{scheme}\nleft: {left}", record
+
+
+def _text(scheme: Scheme, text: str, out: Path | None) -> str:
+    width = max(map(len, (*scheme, *scheme.dense)), default=0)
+    lines = [f"{name:<{width}}  {pattern}" for name, pattern in scheme.items()]
+    lines += [f"{name:<{width}}  dense: {reason}" for name, reason in scheme.dense.items()]
+    return "\n".join([*lines, text, *([f"saved to {out}"] if out else [])])
