@@ -16,6 +16,10 @@
 #include "core/dtype.h"
 #include "core/select.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // the name that it got after torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 #define NMS_CHECK(condition, ...) STD_TORCH_CHECK(condition, "nmsparse: ", __VA_ARGS__)
 
 namespace nms {
