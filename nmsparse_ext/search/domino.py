@@ -15,10 +15,11 @@ from ..pattern import Pattern
 from ..scheme import Scheme, as_scheme
 from .budget import Amount, Budget
 from .constraints import Candidate, Constraints, find_candidates
-from .costs import Costs, Latency
+from .costs import Latency
 from .domino_game import Game, Rules
 from .domino_loop import Search, Training
 from .erk import Erk
+from .erk_scheme import priced
 
 #: The steps at which the authors' code doubles the pull, where a search has not ended by then.
 DOUBLINGS = (30_000, 40_000, 50_000, 60_000, 70_000, 80_000)
@@ -119,7 +120,8 @@ def domino_search(
             which this search then makes sparser. Thresholds are those of the dense weights all the same.
         example_input: What the model is called with to count MACs. Without it they are counted in the first
             step, which is enough to compare the weights.
-        latency: What layers cost in time; see `measure_latency`. Needed for a budget of latency.
+        latency: What layers cost in time. By default a budget of latency has them measured; see
+            `measure_latency`.
         lr: The learning rate.
         momentum: SGD's momentum.
         weight_decay: SGD's weight decay.
@@ -184,9 +186,7 @@ def domino_search(
         name: "requires_grad is False" for name, w in found.weights.items() if not w.parameter.requires_grad
     }
     found = found.without(frozen)
-    costs = Costs(model, example_input, candidates=found, latency=latency)
-    limits = costs.limits(budget)
-    costs.check(found, limits)
+    costs, limits = priced(model, found, budget, example_input, latency)
     rules = Rules(vote, erk_weight, macs_weight, tolerance, negative_factors)
     game = Game(found, costs, limits, rules, _levels(start, model))
     training = Training(lr, momentum, weight_decay, pull, pull_every, tuple(doublings), check_every)

@@ -101,6 +101,7 @@ class Search:
     ) -> bool:
         """Searches; returns whether the budget is met."""
         settings = self._settings(limits)
+        self._check_settings(settings)
         state = None if checkpoint is None else domino_file.load(checkpoint, settings)
         tensors = _tensors(self._model)
         start = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -297,6 +298,15 @@ class Search:
         everyone = [None] * torch.distributed.get_world_size(self._process_group)
         torch.distributed.all_gather_object(everyone, mine, group=self._process_group)
         return everyone
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        for rank, theirs in enumerate(self._gather(settings)):
+            other = sorted(key for key in settings if theirs.get(key) != settings[key])
+            if other:
+                raise RuntimeError(
+                    f"ranks must search with the same settings, but rank {rank} has other {', '.join(other)}"
+                    f" than rank {self._rank}; a budget of latency needs one table of times for all ranks"
+                )
 
     # ------------------------------------------------------------------------------------------- checkpoints
 

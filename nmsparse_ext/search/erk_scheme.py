@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import numpy as np
 from torch import nn
 
+from ..deploy.example import ExampleInput
 from ..pattern import Pattern
 from ..scheme import Scheme
 from .budget import METRICS, Amount, Budget
 from .constraints import Candidate, Candidates, Constraints, find_candidates
 from .costs import Costs, Latency
 from .erk import Erk, erk_densities, round_densities
+from .latency import measure_latency
 
 
 def erk_scheme(
@@ -41,16 +44,14 @@ def erk_scheme(
         skip: What stays dense.
         constraints: Further constraints.
         example_input: What the model is called with, for a budget of MACs.
-        latency: What layers cost in time, for a budget of latency.
+        latency: What layers cost in time. By default a budget of latency has them measured.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument is not allowed, or no candidates meet the budget.
     """
     found = find_candidates(model, m=m, candidates=candidates, skip=skip, constraints=constraints)
-    costs = Costs(model, example_input, candidates=found, latency=latency)
-    limits = costs.limits(Budget.parse(budget))
-    costs.check(found, limits)
+    costs, limits = priced(model, found, Budget.parse(budget), example_input, latency)
     densities = erk_within(costs, found, limits).densities
     patterns = round_densities(
         {name: densities[name] for name in found},
@@ -62,6 +63,22 @@ def erk_scheme(
         dense={**{n: "dense by ERK" for n, p in patterns.items() if p.is_dense}, **found.dense},
         complete=True,
     )
+
+
+def priced(
+    model: nn.Module, found: Candidates, budget: Budget, example_input: object, latency: Latency | None
+) -> tuple[Costs, dict[str, float]]:
+    """What candidates cost, and the budget in absolute numbers; layers are timed if the budget asks for it.
+
+    Raises:
+        ValueError: If the candidates cannot meet the budget, or an example input is missing.
+    """
+    if latency is None and budget.latency is not None and example_input is not None:
+        latency = measure_latency(model, cast(ExampleInput, example_input), found)
+    costs = Costs(model, example_input, candidates=found, latency=latency)
+    limits = costs.limits(budget)
+    costs.check(found, limits)
+    return costs, limits
 
 
 def erk_within(costs: Costs, candidates: Candidates, limits: Mapping[str, float]) -> Erk:

@@ -93,6 +93,15 @@ def test_budgets_of_several_kinds(budget: dict[str, float]) -> None:
     assert all(result.shares[metric] <= share + 0.001 for metric, share in budget.items())
 
 
+def test_a_budget_of_latency_is_priced_by_the_table_given() -> None:
+    def latency(name: str, pattern: nms.Pattern | None) -> float:
+        return 1.0 if pattern is None else 0.4 if pattern.n <= 4 else 0.8
+
+    result = search(cnn(), budget={"latency": 0.8}, example_input=data()[0], latency=latency)
+    assert result.reached
+    assert result.shares["latency"] <= 0.801
+
+
 def test_macs_are_counted_in_the_first_step_or_on_the_example() -> None:
     assert search(cnn()).moves == search(cnn(), example_input=data()[0]).moves
 

@@ -88,6 +88,11 @@ def domino_refuses_ranks_that_drift_apart(folder: pathlib.Path) -> None:
     assert own.reached
 
 
+def domino_refuses_other_settings_on_another_rank(folder: pathlib.Path) -> None:
+    with pytest.raises(RuntimeError, match=r"rank \d has other pull than rank \d"):
+        nms.domino_search(DDP(mlp()), Batches(), **{**FAST, "pull": 1.0 + dist.get_rank()})
+
+
 def domino_searches_sharded_models(folder: pathlib.Path) -> None:
     def step(model: nn.Module) -> Tensor:
         x = torch.randn(8, 32, generator=torch.Generator().manual_seed(3))
@@ -114,6 +119,7 @@ CASES: dict[str, Callable[[pathlib.Path], None]] = {
         domino_decides_the_same_on_all_ranks,
         domino_goes_on_with_every_ranks_own_state,
         domino_refuses_ranks_that_drift_apart,
+        domino_refuses_other_settings_on_another_rank,
         domino_searches_sharded_models,
     )
 }
