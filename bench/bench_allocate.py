@@ -130,7 +130,7 @@ def measure(case: Case, report: Report) -> None:
                     "losses": f"{result.seconds['criterion']:.2f} s",
                     "solver": f"{result.seconds['solver']:.2f} s",
                     "in all": f"{seconds:.2f} s",
-                    "gap": f"{result.gap:.0e}" if result.gap else "0",
+                    "gap": f"{result.gap:.0e}" if result.gap > 1e-9 else "0",
                 }
             )
             print("  ".join(str(value) for value in report.rows[-1].values()), flush=True)

@@ -1,6 +1,6 @@
-"""Fills the tables of the README and of docs/benchmarks.md from the result files of the benches.
+"""Fills the tables of the README, docs/benchmarks.md and docs/search.md from the result files of the benches.
 
-    python bench/make_readme_table.py            # rewrite both
+    python bench/make_readme_table.py            # rewrite them
     python bench/make_readme_table.py --check    # exit code 1 if it would change
 
 Between ``<!-- table: NAME ... -->`` and ``<!-- end of table -->`` stands what the file
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "search.md")
 TABLE = re.compile(r"(<!-- table: ([\w.]+)[^\n]*-->\n)(.*?)(<!-- end of table -->)", flags=re.DOTALL)
 
 

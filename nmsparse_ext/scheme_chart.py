@@ -13,6 +13,7 @@ from .deploy.summary import Summary, summary
 from .pattern import Pattern
 from .report import DENSE, INK, PACKED, STYLE, save_png
 from .scheme import Scheme
+from .weights import prunable_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,11 +28,13 @@ def save_chart(
     path: str | os.PathLike[str],
     example_input: ExampleInput | None = None,
 ) -> Path:
-    """Writes the picture as a PNG; see `draw_chart`."""
+    """Writes the picture of the prunable weights, those that searches count, as a PNG; see `draw_chart`."""
     import matplotlib
 
+    searchable = {weight.name for weight in prunable_weights(model)}
+    rows = (row for row in summary(model, scheme, example_input) if row.name in searchable or row.pattern)
     with matplotlib.rc_context(STYLE):
-        return save_png(draw_chart(summary(model, scheme, example_input)), os.fspath(path))
+        return save_png(draw_chart(Summary(tuple(rows))), os.fspath(path))
 
 
 def draw_chart(rows: Summary) -> Figure:
@@ -44,11 +47,11 @@ def draw_chart(rows: Summary) -> Figure:
 
     counted = [row for row in rows if row.params]
     columns: list[tuple[str, list[int], list[int]]] = [
-        ("share of parameters (%)", [row.params for row in counted], [row.kept for row in counted])
+        ("parameters", [row.params for row in counted], [row.kept for row in counted])
     ]
     if any(row.macs for row in counted):
         macs = [row.macs or 0 for row in counted], [row.kept_macs or 0 for row in counted]
-        columns.append(("share of MACs (%)", *macs))
+        columns.append(("MACs", *macs))
     height = 1.2 + 0.19 * max(4, len(counted))
     figure = Figure(figsize=(4.5 + 3.2 * len(columns), height), layout="constrained")
     axes = figure.subplots(1, 1 + len(columns), sharey=True, squeeze=False)[0]
@@ -63,7 +66,8 @@ def draw_chart(rows: Summary) -> Figure:
     axes[0].set_xticks([0, 50, 100])
     axes[0].set_yticks(places, [row.name.removesuffix(".weight") for row in counted], fontsize=8)
     axes[0].set_ylim(len(counted) - 0.4, -0.6)
-    axes[0].set_title("kept (%)")
+    axes[0].set_title("kept")
+    axes[0].set_xlabel("part of the weight (%)")
     for axis, (title, dense, kept) in zip(axes[1:], columns, strict=True):
         _shares(axis, title, dense, kept)
     return figure
@@ -74,5 +78,6 @@ def _shares(axes: Axes, title: str, dense: list[int], kept: list[int]) -> None:
     places = range(len(dense))
     axes.barh(places, [100 * value / whole for value in dense], color=DENSE, alpha=0.35, height=0.72)
     axes.barh(places, [100 * value / whole for value in kept], color=PACKED, height=0.72)
-    axes.set_title(f"{title}: {sum(kept) / whole:.1%} left".replace(" (%)", ""))
+    axes.set_title(f"{title}: {sum(kept) / whole:.1%} left")
+    axes.set_xlabel(f"share of all {title} (%)")
     axes.tick_params(axis="y", length=0)
