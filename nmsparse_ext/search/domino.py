@@ -177,6 +177,7 @@ def domino_search(
             "check_every": check_every,
             "max_steps": max_steps,
             "checkpoint_every": checkpoint_every,
+            **{f"doublings[{i}]": at for i, at in enumerate(doublings)},
         },
     )
     if not callable(step):

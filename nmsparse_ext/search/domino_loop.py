@@ -162,6 +162,7 @@ class Search:
         finally:
             dense = {name: weight.dense for name, weight in sparsifier.weights.items()}
             sparsifier.finalize()
+            optimizer.zero_grad()
             with torch.no_grad():
                 if restore:
                     for name, tensor in tensors.items():

@@ -62,6 +62,7 @@ def test_finds_a_scheme_that_meets_the_budget() -> None:
     assert result.trace[-1][0] == result.steps
     for name, value in model.state_dict().items():  # the dense model is back, buffers too
         assert torch.equal(value, before[name])
+    assert all(p.grad is None for p in model.parameters())
     assert len(result.losses) == len(range(0, result.steps, 3))
 
 
@@ -258,6 +259,7 @@ def test_a_loss_that_is_no_number_ends_the_search() -> None:
         ({"pull": -1.0}, ValueError, r"pull must be at least 0 and finite, got -1\.0"),
         ({"check_every": 0}, ValueError, r"check_every must be at least 1, got 0"),
         ({"pull_every": 2.5}, TypeError, r"pull_every must be an int, got 2\.5"),
+        ({"doublings": [10, 0]}, ValueError, r"doublings\[1\] must be at least 1, got 0"),
         ({"tolerance": "1%"}, TypeError, r"tolerance must be a number, got '1%'"),
         ({"skip": ["nothing"]}, ValueError, r"skip: 'nothing' matches nothing"),
         ({"candidates": ["2:4", "2:8"]}, ValueError, r"must have one m for each weight, got 2:4, 2:8 for 3"),
