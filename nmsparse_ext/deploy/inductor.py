@@ -40,10 +40,15 @@ _EXPRESSIONS: dict[str, tuple[Any, ...]] = {
 def inductor_options() -> dict[str, Any]:
     """Options for compiling a model with packed weights for inference.
 
-    ``torch.compile(model, options=inductor_options())``, called without gradients, freezes the weights and
-    lets packed layers apply the activation (relu, gelu, silu) that follows them, and packed convolutions of
-    channels_last images add what is added to their result (the shortcut of a residual block). Sums are
-    rounded after that, not before, so 16-bit results may differ in their last bits.
+    ``torch.compile(model, options=inductor_options())``, called without gradients, lets packed layers apply
+    the activation (relu, gelu, silu) that follows them, and packed convolutions of channels_last images add
+    what is added to their result (the shortcut of a residual block). Sums are rounded after that, not before,
+    so 16-bit results may differ in their last bits.
+
+    Dense layers beside them gain from freezing, which lets oneDNN pack their weights once. The option
+    ``"freezing"`` alone does not achieve it: that weights are constants is decided before options count. Set
+    ``torch._inductor.config.freezing = True`` before the first call, or the environment variable
+    ``TORCHINDUCTOR_FREEZING=1``.
     """
     return {"freezing": True, "post_grad_custom_pre_pass": FuseEpilogues()}
 
