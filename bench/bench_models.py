@@ -239,7 +239,8 @@ def merged(path: Path, row: dict[str, Any]) -> dict[str, Any]:
             "Models of `transformers` with random weights, pruned, and packed by `nms.convert` where that "
             "was measured to pay (eager / compiled); compiled: `torch.compile` with freezing, so that oneDNN "
             "packs dense weights beforehand. bert: BERT-base, 8 x 128 tokens; llama: one token, 8 layers, "
-            "hidden 2048, 64 tokens in the cache; resnet: ResNet-50, 224 x 224, channels_last. Ratios compare eager with eager and compiled with compiled, of lower quartiles."
+            "hidden 2048, 64 tokens in the cache; resnet: ResNet-50, 224 x 224, channels_last. "
+            "Ratios compare eager with eager and compiled with compiled, of lower quartiles."
         ),
         "rows": rows,
     }
