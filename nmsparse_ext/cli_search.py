@@ -107,15 +107,8 @@ def _run(
 ) -> tuple[Scheme, str, dict[str, Any]]:
     """Searches; returns the scheme, and what to print as text and as JSON."""
     import nmsparse_ext as nms
-    from nmsparse_ext.search import Costs, erk_scheme, find_candidates, measure_latency
+    from nmsparse_ext.search import Costs, erk_scheme
 
-    if budget.latency is not None:
-        of = {key: arguments[key] for key in ("m", "candidates", "skip", "constraints")}
-        if found.example_input is None:
-            raise ValueError("a budget of latency needs an input: a recipe, or a factory that returns one")
-        arguments["latency"] = measure_latency(
-            found.model, found.example_input, find_candidates(found.model, **of)
-        )
     if method == "allocate":
         allocation = nms.allocate(
             found.model,
@@ -136,7 +129,7 @@ def _run(
             found.model, found.step, budget=budget, max_steps=max_steps, **arguments
         )
         scheme = domino.scheme
-    costs = Costs(found.model, found.example_input, latency=arguments.get("latency"))
+    costs = Costs(found.model, found.example_input)
     left = ", ".join(f"{metric} {share:.1%}" for metric, share in costs.shares(scheme).items())
     record = {
         "scheme": {name: str(pattern) for name, pattern in scheme.items()},

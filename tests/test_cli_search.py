@@ -146,7 +146,7 @@ def test_transformers_folder(here):
         (("nothing", "--budget", "params=0.5"), "'nothing' is no recipe"),
         (("own_models:net", "--budget", "size=0.5"), "got 'size'"),
         (("own_models:net", "--budget", "params=0.001"), "the budget of params is"),
-        (("own_models:net", "--budget", "latency=0.5"), "needs an input"),
+        (("own_models:net", "--budget", "latency=0.5"), "latency needs an example_input"),
         (("own_models:net", "--budget", "params=0.5", "--method", "guess"), "--method must be one of"),
         (("own_models:net", "--budget", "params=0.5", "--method", "domino"), "--step pkg.mod:fn"),
         (("own_models:net", "--budget", "params=0.5", "--criterion", "output"), "no input to calibrate"),

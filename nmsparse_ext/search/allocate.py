@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,9 +14,9 @@ from ..pattern import Pattern
 from ..scheme import Scheme
 from .budget import Amount, Budget
 from .constraints import Candidate, Candidates, Constraints, find_candidates
-from .costs import Cost, Costs, Latency, amount
+from .costs import Cost, Latency, amount
 from .criteria import CRITERIA, Losses, magnitude_losses, output_losses, taylor_losses
-from .latency import measure_latency
+from .latency import priced
 from .solve import Option, choose
 
 
@@ -146,11 +146,7 @@ def allocate(
     budget = Budget.parse(budget)
     begin = time.perf_counter()
     found = find_candidates(model, m=m, candidates=candidates, skip=skip, constraints=constraints)
-    if latency is None and budget.latency is not None and example_input is not None:
-        latency = measure_latency(model, cast(ExampleInput, example_input), found)
-    costs = Costs(model, example_input, candidates=found, latency=latency)
-    limits = costs.limits(budget)
-    costs.check(found, limits)
+    costs, limits = priced(model, found, budget, example_input, latency)
     costed = time.perf_counter()
     losses = _losses(model, found, criterion, step, steps, calibration)
     relative = criterion == "output" if relative is None else relative

@@ -19,7 +19,7 @@ from .costs import Latency
 from .domino_game import Game, Rules
 from .domino_loop import Search, Training
 from .erk import Erk
-from .erk_scheme import priced
+from .latency import priced
 
 #: The steps at which the authors' code doubles the pull, where a search has not ended by then.
 DOUBLINGS = (30_000, 40_000, 50_000, 60_000, 70_000, 80_000)

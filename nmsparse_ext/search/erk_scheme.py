@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import cast
 
 import numpy as np
 from torch import nn
 
-from ..deploy.example import ExampleInput
 from ..pattern import Pattern
 from ..scheme import Scheme
 from .budget import METRICS, Amount, Budget
 from .constraints import Candidate, Candidates, Constraints, find_candidates
 from .costs import Costs, Latency
 from .erk import Erk, erk_densities, round_densities
-from .latency import measure_latency
+from .latency import priced
 
 
 def erk_scheme(
@@ -63,22 +61,6 @@ def erk_scheme(
         dense={**{n: "dense by ERK" for n, p in patterns.items() if p.is_dense}, **found.dense},
         complete=True,
     )
-
-
-def priced(
-    model: nn.Module, found: Candidates, budget: Budget, example_input: object, latency: Latency | None
-) -> tuple[Costs, dict[str, float]]:
-    """What candidates cost, and the budget in absolute numbers; layers are timed if the budget asks for it.
-
-    Raises:
-        ValueError: If the candidates cannot meet the budget, or an example input is missing.
-    """
-    if latency is None and budget.latency is not None and example_input is not None:
-        latency = measure_latency(model, cast(ExampleInput, example_input), found)
-    costs = Costs(model, example_input, candidates=found, latency=latency)
-    limits = costs.limits(budget)
-    costs.check(found, limits)
-    return costs, limits
 
 
 def erk_within(costs: Costs, candidates: Candidates, limits: Mapping[str, float]) -> Erk:

@@ -17,7 +17,7 @@ import os
 from bisect import bisect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ from ..deploy.support import engine_for, why_not_packed
 from ..pattern import Pattern
 from ..tensor import compress
 from ..weights import Weight, prunable_weights
+from .budget import Budget
 from .constraints import Candidates
+from .costs import Costs, Latency
 
 #: Seconds by form: "dense" and patterns as text.
 Times = dict[str, float]
@@ -127,6 +129,22 @@ def measure_latency(
         if not total:
             total.update(dict.fromkeys([_DENSE, *map(str, candidates.get(name, ()))], 0.0))
     return LatencyTable(totals)
+
+
+def priced(
+    model: nn.Module, found: Candidates, budget: Budget, example_input: object, latency: Latency | None
+) -> tuple[Costs, dict[str, float]]:
+    """What candidates cost, and the budget in absolute numbers; layers are timed if the budget asks for it.
+
+    Raises:
+        ValueError: If the candidates cannot meet the budget, or an example input is missing.
+    """
+    if latency is None and budget.latency is not None and example_input is not None:
+        latency = measure_latency(model, cast(ExampleInput, example_input), found)
+    costs = Costs(model, example_input, candidates=found, latency=latency)
+    limits = costs.limits(budget)
+    costs.check(found, limits)
+    return costs, limits
 
 
 def cache_folder() -> Path:

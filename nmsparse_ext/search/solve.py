@@ -62,6 +62,10 @@ def choose(
         ValueError: If no choice is within the limits, or none was found in ``max_seconds``.
         ModuleNotFoundError: If SciPy is missing.
     """
+    # What nothing costs binds nothing, and would have no scale.
+    limits = {
+        k: most for k, most in limits.items() if any(o.costs[k] > 0 for options in items for o in options)
+    }
     kept = [_undominated(options, limits) for options in items]
     # Of options that lose as little, the undominated one is the cheapest.
     best = [min(rest, key=lambda j, o=options: o[j].loss) for options, rest in zip(items, kept, strict=True)]  # type: ignore[misc]

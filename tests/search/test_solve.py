@@ -73,6 +73,12 @@ def test_without_pressure_the_least_loss_at_the_least_cost():
     assert (found.chosen, found.loss, found.gap) == ([1], 0, 0)
 
 
+def test_a_metric_that_nothing_costs_binds_nothing():
+    options = [Option(0, {"params": 4, "latency": 0.0}), Option(1, {"params": 1, "latency": 0.0})]
+    found = choose([options, options], {"params": 5, "latency": 0.0})
+    assert found.loss == 1
+
+
 def test_many_equal_items():
     """Branching over what is all the same must not take forever."""
     option = [Option(loss, {"params": cost}) for loss, cost in ((0, 16), (1, 8), (3, 4), (7, 2), (12, 1))]
