@@ -49,6 +49,9 @@ STABLE_TORCH_LIBRARY(nmsparse, m) {
       "panel_linear(Tensor x, Tensor value_panels, Tensor index_panels, Tensor? bias, int n, int m, SymInt rows, "
       "SymInt k, str activation) -> Tensor");
   m.def(
+      "panel_matmul(Tensor x, Tensor value_panels, Tensor index_panels, int n, int m, SymInt rows, SymInt k) -> "
+      "Tensor");
+  m.def(
       "panel_conv(Tensor x, Tensor value_panels, Tensor index_panels, Tensor? bias, Tensor? residual, int n, int m, "
       "SymInt rows, "
       "SymInt k, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, str activation) -> Tensor");

@@ -67,6 +67,7 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
     "panel_restore": (),
     "panel_unpack": (),
     "panel_linear": (),
+    "panel_matmul": (),
     "panel_conv": (),
     "panel_linear_int8": (),
 }
@@ -382,6 +383,14 @@ torch.library.register_fake(f"{NAMESPACE}::{WITHOUT_GRADIENTS}", _fake_panel_lin
 
 
 @_fake
+def _fake_panel_matmul(
+    x: Tensor, value_panels: Tensor, index_panels: Tensor, n: int, m: int, rows: int, k: int
+) -> Tensor:
+    panel_checks.check_panel_matmul(x, value_panels, index_panels, n, m, rows, k)
+    return x.new_empty((*x.shape[:-1], k))
+
+
+@_fake
 def _fake_panel_conv(
     x: Tensor,
     value_panels: Tensor,
@@ -485,17 +494,27 @@ def _save_panel_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _grad_panel_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x and bias; the weight, frozen, is made dense once for them."""
+    """Gradients of x and bias; the weight is frozen."""
     value_panels, index_panels, x, bias = ctx.saved_tensors
     if ctx.activation != "none":
         before = torch.ops.nmsparse.panel_linear(x, value_panels, index_panels, bias, *ctx.layout, "none")
         grad = grad * _slope(ctx.activation, before)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ torch.ops.nmsparse.panel_unpack(value_panels, index_panels, *ctx.layout)
+        grad_x = torch.ops.nmsparse.panel_matmul(grad, value_panels, index_panels, *ctx.layout)
     if ctx.needs_input_grad[3]:
         grad_bias = grad if grad.dim() == 1 else grad.sum(tuple(range(grad.dim() - 1)))
     return grad_x, None, None, grad_bias, None, None, None, None, None
+
+
+def _save_panel_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, value_panels, index_panels, *ctx.layout = inputs
+    ctx.save_for_backward(value_panels, index_panels)
+
+
+def _grad_panel_matmul(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = torch.ops.nmsparse.panel_linear(grad, *ctx.saved_tensors, None, *ctx.layout, "none")
+    return grad_x, None, None, None, None, None, None
 
 
 def _save_panel_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -598,6 +617,7 @@ def _slope(activation: str, x: Tensor) -> Tensor:
 
 for _name, _backward, _setup in (
     ("panel_linear", _grad_panel_linear, _save_panel_linear),
+    ("panel_matmul", _grad_panel_matmul, _save_panel_matmul),
     ("panel_conv", _grad_panel_conv, _save_panel_conv),
     ("panel_linear_int8", _grad_panel_linear_int8, _save_panel_linear_int8),
     ("prune", _grad_prune, _save_prune),

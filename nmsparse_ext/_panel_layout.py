@@ -141,6 +141,21 @@ def check_panel_linear(
     check_activation(activation)
 
 
+def check_panel_matmul(
+    x: Tensor, value_panels: Tensor, index_panels: Tensor, n: int, m: int, rows: int, k: int
+) -> None:
+    check_panels(value_panels, index_panels, n, m, rows, k)
+    torch._check(
+        value_panels.dtype in PRODUCT_DTYPES,
+        lambda: f"value_panels must be one of {PRODUCT_DTYPES}, got {value_panels.dtype}",
+    )
+    torch._check(
+        x.dim() >= 1 and x.shape[-1] == rows,
+        lambda: f"the last size of x must be rows = {rows}, got shape {list(x.shape)}",
+    )
+    check_product_operands(x, value_panels, None, rows)
+
+
 def check_product_operands(x: Tensor, value_panels: Tensor, bias: Tensor | None, rows: int) -> None:
     """``x`` and ``bias`` beside the panels of a weight with ``rows`` outputs."""
     torch._check(

@@ -21,6 +21,7 @@ __all__ = [
     "Activation",
     "Panels",
     "panel_linear",
+    "panel_matmul",
     "panel_pack",
     "panel_restore",
     "panel_unpack",
@@ -34,6 +35,7 @@ FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _nms = torch.ops.nmsparse
 _panel_linear = _nms.panel_linear.default  # found once: a packet looks for the overload in every call
+_panel_matmul = _nms.panel_matmul.default
 
 
 class Panels(NamedTuple):
@@ -115,6 +117,27 @@ def panel_linear(
     # As without_autograd has it, but this is called for every linear layer.
     with torch._C._AutoDispatchBelowAutograd():
         return _panel_linear(x, values, indices, bias, pattern.n, pattern.m, rows, k, activation)
+
+
+def panel_matmul(x: Tensor, panels: Panels, pattern: Pattern, *, rows: int, k: int) -> Tensor:
+    """Multiplies with a weight in panel form along its rows; differentiable in ``x``.
+
+    Equivalent to ``x @ panel_unpack(panels, ...)``, except that sums are taken in float32 and rounded once. It
+    is what the gradient of an input takes. The weight is made dense in the first cache, a few thousand numbers
+    at a time, and multiplied there: an infinity that meets a pruned weight gives NaN, as with a dense weight.
+
+    Args:
+        x: ``[..., rows]``, any strides, of the panels' dtype.
+        panels: The weight ``[rows, k]``.
+        pattern: The weight's pattern.
+        rows: Rows of the weight.
+        k: Its columns.
+
+    Returns:
+        ``[..., k]``, contiguous.
+    """
+    with without_autograd(x):
+        return _panel_matmul(x, panels.values, panels.indices, pattern.n, pattern.m, rows, k)
 
 
 def without_autograd(*operands: Tensor | None) -> AbstractContextManager:

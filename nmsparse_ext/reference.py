@@ -411,6 +411,20 @@ def panel_linear(
     return y.to(x.dtype)
 
 
+def panel_matmul(
+    x: Tensor, value_panels: Tensor, index_panels: Tensor, n: int, m: int, rows: int, k: int
+) -> Tensor:
+    """``x @ W`` with ``W [rows, k]`` in panel form: ``[..., rows] -> [..., k]``.
+
+    The gradient of the input of `panel_linear`. Sums are taken in float32, or in float64 for float64, and
+    rounded once.
+    """
+    panel_checks.check_panel_matmul(x, value_panels, index_panels, n, m, rows, k)
+    compute = torch.promote_types(torch.float32, x.dtype)
+    weight = panel_unpack(value_panels, index_panels, n, m, rows, k).to(compute)
+    return (x.to(compute) @ weight).to(x.dtype)
+
+
 def panel_conv(
     x: Tensor,
     value_panels: Tensor,

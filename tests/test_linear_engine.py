@@ -84,7 +84,7 @@ def assert_close(actual: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = Non
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_panel_form_is_the_reference_s(pattern: str, dtype: torch.dtype) -> None:
+def test_panel_form_is_the_reference_s(pattern: str, dtype: torch.dtype, isa: str) -> None:
     p = Pattern.parse(pattern)
     for rows, k in ((1, 1), (16, 64), (5, 33), (40, 31), (17, 96), (0, 16), (3, 0)):
         values, indices = reference.compress(torch.randn(rows, k).to(dtype), p.n, p.m, 1, True)
@@ -98,6 +98,15 @@ def test_panel_form_is_the_reference_s(pattern: str, dtype: torch.dtype) -> None
         for restore in (torch.ops.nmsparse.panel_restore, reference.panel_restore):
             for restored, part in zip(restore(*actual, p.n, p.m, rows, k), (values, indices), strict=True):
                 assert_same_bits(restored, part, f"{rows}x{k}")
+
+
+def test_large_panels_are_the_reference_s(isa: str) -> None:
+    """Values that are written past the cache: sixteen rows, again and again."""
+    for dtype in DTYPES:
+        values, indices = reference.compress(torch.randn(16, 8192).to(dtype), 2, 4, 1, True)
+        actual = torch.ops.nmsparse.panel_pack(values.repeat(130, 1), indices.repeat(130, 1), 2, 4, 8192)
+        for a, b in zip(actual, reference.panel_pack(values, indices, 2, 4, 8192), strict=True):
+            assert_same_bits(a, b.expand_as(a).contiguous())
 
 
 def test_panels_are_aligned() -> None:

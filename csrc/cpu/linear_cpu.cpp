@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> panel_pack_cpu(const Tensor& values, const Tensor& in
   const PanelForm form = form_of(value_panels, index_panels, n, m, rows, k);
   const int64_t grain = ceil_div(kThreadWork, std::max<int64_t>(1, layout.panel_values()));
   torch::stable::parallel_for(0, panel_count(rows), grain, [&](int64_t begin, int64_t end) {
-    pack_panels(form, values.const_data_ptr(), const_bytes_of(indices), begin, end);
+    kernels().pack_panels(form, values.const_data_ptr(), const_bytes_of(indices), begin, end);
   });
   return {value_panels, index_panels};
 }

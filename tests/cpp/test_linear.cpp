@@ -74,6 +74,32 @@ void test_restore() {
   }
 }
 
+// Panels of the instruction set that is on against those of the scalar one, bit for bit.
+void test_pack() {
+  for (int m = 1; m <= nms::kMaxPanelM; ++m) {
+    for (int n = 1; n <= m; ++n) {
+      for (const DType dtype : kTypes) {
+        for (const int k : {random_int(1, 80), 256, random_int(300, 700)}) {
+          const int rows = k == 256 ? 32 : random_int(1, 40);
+          Weight w(dtype, n, m, rows, k);
+          const int64_t values = nms::panel_count(rows) * w.layout.panel_values();
+          Array again(dtype, values);
+          std::unique_ptr<uint32_t[]> words(new uint32_t[w.panel_words.size()]);
+          nms::PanelForm form = w.form(dtype, rows, k);
+          form.values = again.data();
+          form.indices = words.get();
+          // Each half as if by a thread of its own.
+          const int64_t panels = nms::panel_count(rows);
+          nms::kernels().pack_panels(form, w.values.data(), w.indices.get(), 0, panels / 2);
+          nms::kernels().pack_panels(form, w.values.data(), w.indices.get(), panels / 2, panels);
+          CHECK(std::memcmp(again.data(), w.panel_values.data(), values * size_of(dtype)) == 0);
+          CHECK(std::equal(w.panel_words.begin(), w.panel_words.end(), words.get()));
+        }
+      }
+    }
+  }
+}
+
 const char* kernels_name = "";
 nms::LinearTable table;  // under test
 
@@ -173,6 +199,7 @@ int main() {
   test_restore();
   for (const char* isa : nms::cpu_isas()) {
     CHECK(nms::set_cpu_isa(isa));
+    test_pack();
     test_kernels(isa, nms::kernels().linear);
   }
 #if defined(__x86_64__)

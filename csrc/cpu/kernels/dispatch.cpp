@@ -20,6 +20,7 @@ const std::vector<Level>& levels() {  // slowest first; only those that this hos
     found.back().table.conv = scalar_conv();
     found.back().table.optim = scalar_optim();
     found.back().table.int8 = scalar_int8();
+    found.back().table.matmul = scalar_matmul();
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
                       __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
@@ -35,6 +36,8 @@ const std::vector<Level>& levels() {  // slowest first; only those that this hos
       found.back().table.optim = avx2_optim();
       found.back().table.int8 = scalar_int8();
       use_avx2_int8(found.back().table.int8);
+      found.back().table.matmul = scalar_matmul();
+      use_avx2_matmul(found.back().table.matmul);
     }
     if (avx512) {
       found.push_back({"avx512", avx512_kernels()});
@@ -47,10 +50,14 @@ const std::vector<Level>& levels() {  // slowest first; only those that this hos
         use_avx512_bf16_linear(found.back().table.linear);
         use_avx512_bf16_conv(found.back().table.conv);
       }
+      found.back().table.matmul = scalar_matmul();
+      use_avx512_matmul(found.back().table.matmul);
+      if (__builtin_cpu_supports("avx512bf16")) use_avx512_bf16_matmul(found.back().table.matmul);
       found.back().table.int8 = scalar_int8();
       use_avx2_int8(found.back().table.int8);
       if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
         use_vnni_int8(found.back().table.int8);
+      found.back().table.pack_panels = &pack_panels_avx512;
     }
 #endif
     return found;

@@ -13,6 +13,8 @@
 #include "linear.h"
 #include "optim.h"
 #include "linear_int8.h"
+#include "linear_pack.h"
+#include "matmul.h"
 
 namespace nms {
 
@@ -94,6 +96,8 @@ struct Kernels {
   ConvTable conv = {};                                                            // likewise
   OptimTable optim = {};                                                          // likewise
   Int8Table int8 = {};                                                            // the same
+  MatmulTable matmul = {};                                                        // the same
+  PackPanelsFn pack_panels = &nms::pack_panels;                                   // the same
 };
 
 // One table per instruction set; a kernel without a faster version stays the scalar one.

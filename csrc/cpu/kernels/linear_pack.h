@@ -18,6 +18,9 @@ struct PanelForm {
 // Fills panels [first, last). values [rows, groups * n], indices [rows, index bytes]: contiguous. Indices that no
 // encoder writes give a wrong form, but one that is as safe to use as any other.
 void pack_panels(const PanelForm& form, const void* values, const uint8_t* indices, int64_t first, int64_t last);
+void pack_panels_avx512(const PanelForm& form, const void* values, const uint8_t* indices, int64_t first,
+                        int64_t last);  // x86-64 only: the same, for processors that have it
+using PackPanelsFn = decltype(&pack_panels);
 
 // The packed rows of panels [first, last) again: values [rows, groups * n] and indices [rows, index bytes], both
 // contiguous. The same bits as pack_panels was given.
