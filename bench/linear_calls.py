@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nmsparse_ext as nms
+from nmsparse_ext.engines import unpack_rows
 from nmsparse_ext.panels import panel_pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -162,6 +163,55 @@ def measure_layer(
             layer = {"dtype": dtype, "pattern": pattern, "weight": f"{shape[0]}x{shape[1]}", "batch": batch}
             rows.append(layer | row)
     return rows
+
+
+def measure_gradient(
+    dtype: str,
+    shape: tuple[int, int],
+    batches: Sequence[int],
+    patterns: Sequence[str],
+    *,
+    seconds: float,
+    rounds: int | None,
+) -> list[Row]:
+    """The gradient of a layer's input, ``g @ W``: packed, dense, and with a weight made dense for it."""
+    weight = torch.randn(shape).to(DTYPES[dtype])
+    dense = [weight.clone() for _ in range(copies(weight.nbytes))]
+    packed = {pattern: packed_weights(weight, pattern) for pattern in patterns}
+    rows = []
+    for batch in batches:
+        g = torch.randn(batch, shape[0]).to(DTYPES[dtype])
+        calls = {"dense": right_call(g, dense)}
+        calls |= {pattern: right_call(g, weights) for pattern, weights in packed.items()}
+        calls |= {f"{p} unpacked": unpacked_call(g, weights) for p, weights in packed.items()}
+        spreads = {name: spread(values) for name, values in take_turns(calls, seconds, rounds).items()}
+        for pattern in patterns:
+            low = spreads[pattern]["low"]
+            over_dense = spreads["dense"]["low"] / low
+            rows.append(
+                {
+                    "dtype": dtype,
+                    "pattern": pattern,
+                    "weight": f"{shape[0]}x{shape[1]}",
+                    "batch": batch,
+                    "g @ W": spreads[pattern],
+                    "over dense": {"ratio": over_dense},
+                    "over unpacking": {"ratio": spreads[f"{pattern} unpacked"]["low"] / low},
+                    "dense": spreads["dense"],
+                    "goal": "faster" if over_dense >= 1 else "lost",
+                }
+            )
+    return rows
+
+
+def right_call(g: Tensor, weights: Sequence[Tensor]) -> Call:
+    """``g @ W``."""
+    return lambda i: g @ weights[i % len(weights)]
+
+
+def unpacked_call(g: Tensor, weights: Sequence[Tensor]) -> Call:
+    """``g @ W`` with the weight made dense in every call."""
+    return lambda i: g @ unpack_rows(weights[i % len(weights)])
 
 
 def measure_packing(

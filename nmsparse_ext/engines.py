@@ -9,7 +9,7 @@ Forms describe the canonical rows ``[other dims..., K]`` (group dim last). A tra
 rows, so its forms are the same too. That is why an engine multiplies with rows: ``linear`` is
 ``input @ rows.T``, which is ``F.linear`` for a weight ``[out, in]`` grouped along ``in`` and
 ``input @ weight`` for one ``[in, out]`` grouped along ``in``. The product along the other dim (the gradient
-of the input above all) is the one that no engine has: see ``products.across``.
+of the input above all) is ``matmul``; where an engine lacks it, ``products.across`` makes the weight dense.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Engine:
             ``None`` if that cannot be, so that the packed form has to be kept.
         dense_rows: ``weight -> dense [other dims..., K]``, a faster way to the dense weight than from the
             packed form; ``None`` if there is none.
+        matmul: ``(input [..., out], weight with rows [out, in]) -> [..., in]``: ``input @ rows``,
+            differentiable in input; ``None`` if the weight has to be made dense for it.
         activations: Names of the activations that `linear` can apply to its sums.
         split_rows: How many rows of the weight one index of the forms' leading dims stands for (one number
             for all of them, or one for each), so that narrowing there gives the forms of those rows. 0 if it
@@ -66,6 +68,7 @@ class Engine:
     build: Callable[[NMTensor], tuple[Tensor, ...]] = lambda weight: ()
     restore: Callable[[NMTensor], tuple[Tensor, Tensor]] | None = None
     dense_rows: Callable[[NMTensor], Tensor] | None = None
+    matmul: Callable[[Tensor, NMTensor], Tensor] | None = None
     activations: tuple[str, ...] = ()
     split_rows: int | tuple[int, ...] = 0
     matrix_engine: str = ""

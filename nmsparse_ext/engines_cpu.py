@@ -2,6 +2,8 @@
 
 ``cpu-panels`` is for matrices, ``cpu-expert-panels`` for stacks of matrices of one shape (``[experts,
 ...]``), whose single matrices are weights of ``cpu-panels``: ``weight[e]`` shares the panels.
+``cpu-split-panels`` is for matrices whose groups are longer than a window of panels: each part of a group
+that fits into one may hold all that is kept, so 4:32 is multiplied as 4:16.
 """
 
 from __future__ import annotations
@@ -13,17 +15,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import ops
 from . import panels as panel_ops
 from ._build import extension
-from ._panel_layout import ACTIVATIONS, PANEL_ROWS
+from ._panel_layout import ACTIVATIONS, MAX_PANEL_M, PANEL_ROWS
 from .engines import Engine, portable, register_engine, unpack_rows, unpacked_conv
-from .panels import Activation, Panels, panel_linear, panel_pack, panel_restore, panel_unpack, transforming
+from .panels import (
+    Activation,
+    Panels,
+    panel_linear,
+    panel_matmul,
+    panel_pack,
+    panel_restore,
+    panel_unpack,
+    parts_pattern,
+    transforming,
+)
 
 if TYPE_CHECKING:
+    from .pattern import Pattern
     from .tensor import NMTensor
 
 
-def _why_not(weight: NMTensor, rows: int) -> str | None:
+def _why_not(weight: NMTensor, rows: int, pattern: Pattern | None = None) -> str | None:
     if extension is None:
         return "it needs the compiled extension"
     with torch._C.DisableTorchFunctionSubclass():
@@ -33,7 +47,7 @@ def _why_not(weight: NMTensor, rows: int) -> str | None:
     if len(weight.rows) != rows:
         kind = "matrices" if rows == 1 else "stacks of matrices"
         return f"it multiplies {kind}, the weight has {len(weight.rows) + 1} dimensions"
-    return panel_ops.why_no_panels(weight.pattern, dtype)
+    return panel_ops.why_no_panels(pattern or weight.pattern, dtype)
 
 
 def panels_of(weight: NMTensor) -> Panels:
@@ -63,6 +77,11 @@ def _dense_rows(weight: NMTensor) -> Tensor:
     return panel_unpack(panels_of(weight), weight.pattern, rows=weight.rows[0], k=weight.k)
 
 
+def _panel_pattern(weight: NMTensor) -> Pattern:
+    """What the panels hold: the weight's pattern, or that of the parts of its groups."""
+    return weight.pattern if weight.pattern.m <= MAX_PANEL_M else parts_pattern(weight.pattern)
+
+
 def _linear(
     input: Tensor, weight: NMTensor, bias: Tensor | None = None, activation: Activation = "none"
 ) -> Tensor:
@@ -78,9 +97,9 @@ def _linear(
     ):
         if weight.shared is not None:
             weight.shared.refresh()
-        n, m, rows, k = weight.pattern.n, weight.pattern.m, weight.rows[0], weight.k
+        pattern, rows, k = _panel_pattern(weight), weight.rows[0], weight.k
         values, indices = weight.form_values, weight.form_indices  # type: ignore[attr-defined]
-        return _panel_linear(input, values, indices, bias, n, m, rows, k, activation)
+        return _panel_linear(input, values, indices, bias, pattern.n, pattern.m, rows, k, activation)
     values = weight.packed_values
     if (values is not None and values.requires_grad and torch.is_grad_enabled()) or transforming():
         # A gradient for the values, or forward-mode derivatives (which PyTorch drops in silence at ops such
@@ -92,15 +111,29 @@ def _linear(
     return _multiply(input, weight, panels_of(weight), bias, activation)
 
 
+def _matmul(input: Tensor, weight: NMTensor) -> Tensor:
+    values = weight.packed_values
+    if (values is not None and values.requires_grad and torch.is_grad_enabled()) or transforming():
+        return torch.matmul(input, unpack_rows(weight))  # as in _linear
+    pattern = _panel_pattern(weight)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            panels = cast_panels(weight, dtype)
+            input = input.to(dtype).to(panels.values.dtype)
+            return panel_matmul(input, panels, pattern, rows=weight.rows[0], k=weight.k).to(dtype)
+    return panel_matmul(input, panels_of(weight), pattern, rows=weight.rows[0], k=weight.k)
+
+
 def _multiply(
     input: Tensor, weight: NMTensor, panels: Panels, bias: Tensor | None, activation: Activation
 ) -> Tensor:
-    rows = weight.rows[0]
+    rows, pattern = weight.rows[0], _panel_pattern(weight)
     if bias is None or (bias.dim() == 1 and bias.shape[0] == rows):
-        return panel_linear(input, panels, bias, weight.pattern, rows=rows, k=weight.k, activation=activation)
+        return panel_linear(input, panels, bias, pattern, rows=rows, k=weight.k, activation=activation)
     if bias.numel() == 1 and bias.dim() <= 1:
         return _multiply(input, weight, panels, bias.expand(rows), activation)
-    y = panel_linear(input, panels, None, weight.pattern, rows=rows, k=weight.k)
+    y = panel_linear(input, panels, None, pattern, rows=rows, k=weight.k)
     y = y + bias.expand_as(y)
     return y if activation == "none" else getattr(F, activation)(y)
 
@@ -132,6 +165,25 @@ def cast_panels(weight: NMTensor, dtype: torch.dtype) -> Panels:
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
+
+
+# --------------------------------------------------------------------------- matrices with groups above 16
+
+
+def _why_no_parts(weight: NMTensor) -> str | None:
+    pattern = weight.pattern
+    if pattern.m <= MAX_PANEL_M:
+        return f"it is for groups longer than {MAX_PANEL_M}, not {pattern}"
+    parts = parts_pattern(pattern)
+    if 3 * parts.n > 2 * parts.m:
+        return f"each {parts.m} of a group of {pattern} may hold {parts.n}: no faster than dense"
+    return _why_not(weight, 1, parts)
+
+
+def _build_parts(weight: NMTensor) -> tuple[Tensor, Tensor]:
+    dense = ops.unpack(*portable(weight), weight.pattern, k=weight.k, dim=-1)
+    parts = parts_pattern(weight.pattern)
+    return panel_pack(*ops.pack(dense, parts, dim=-1, remainder="pad"), parts, k=weight.k)
 
 
 # ---------------------------------------------------------------------------------------- stacks of matrices
@@ -200,6 +252,20 @@ register_engine(
 )
 register_engine(
     Engine(
+        name="cpu-split-panels",
+        why_not=_why_no_parts,
+        linear=_linear,
+        conv=unpacked_conv,
+        forms=("values", "indices"),
+        build=_build_parts,
+        matmul=_matmul,
+        activations=tuple(name for name in ACTIVATIONS if name != "none"),
+        split_rows=PANEL_ROWS,
+    ),
+    first=True,
+)
+register_engine(
+    Engine(
         name="cpu-panels",
         why_not=lambda weight: _why_not(weight, 1),
         linear=_linear,
@@ -208,6 +274,7 @@ register_engine(
         build=_build,
         restore=_restore,
         dense_rows=_dense_rows,
+        matmul=_matmul,
         activations=tuple(name for name in ACTIVATIONS if name != "none"),
         split_rows=PANEL_ROWS,
     ),

@@ -59,6 +59,15 @@ def why_no_panels(pattern: Pattern, dtype: torch.dtype) -> str | None:
     return None
 
 
+def parts_pattern(pattern: Pattern) -> Pattern:
+    """The pattern that the parts of a group satisfy, where the group is longer than a window: 4:16 for 4:32.
+
+    A part is the longest whole fraction of the group that fits into a window, and may hold all that is kept.
+    """
+    part = next(size for size in range(MAX_PANEL_M, 0, -1) if pattern.m % size == 0)
+    return Pattern(min(pattern.n, part), part)
+
+
 def panel_pack(values: Tensor, indices: Tensor, pattern: Pattern, *, k: int) -> Panels:
     """Lays a packed weight out in panels.
 
@@ -122,9 +131,10 @@ def panel_linear(
 def panel_matmul(x: Tensor, panels: Panels, pattern: Pattern, *, rows: int, k: int) -> Tensor:
     """Multiplies with a weight in panel form along its rows; differentiable in ``x``.
 
-    Equivalent to ``x @ panel_unpack(panels, ...)``, except that sums are taken in float32 and rounded once. It
-    is what the gradient of an input takes. The weight is made dense in the first cache, a few thousand numbers
-    at a time, and multiplied there: an infinity that meets a pruned weight gives NaN, as with a dense weight.
+    Equivalent to ``x @ panel_unpack(panels, ...)``, except that sums are taken in float32 and rounded once.
+    It is what the gradient of an input takes. The weight is made dense in the first cache, a few thousand
+    numbers at a time, and multiplied there: an infinity that meets a pruned weight gives NaN, as with a dense
+    weight.
 
     Args:
         x: ``[..., rows]``, any strides, of the panels' dtype.

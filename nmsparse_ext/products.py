@@ -1,7 +1,8 @@
 """Products with packed weights: linear layers, matrix products, stacks of matrices (experts).
 
 A weight is multiplied from its canonical rows ``[..., out, in]``: ``input @ rows.mT`` is what every engine
-has (`along`). The other product, ``input @ rows`` (`across`), is the one place where a weight is made dense.
+has (`along`). For the other product, ``input @ rows`` (`across`), a weight is made dense where its engine
+does not have it.
 
 The same functions serve twice: in ``FUNCTIONS``, above autograd and autocast, where gradients follow from the
 engine's own rules and a weight is not cast in every call; and in ``OPS`` for whoever calls ATen ops directly.
@@ -71,12 +72,13 @@ def along(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor
 
 
 def across(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor:
-    """``input @ rows + bias``: ``[..., out] -> [..., in]``, from dense rows made for this call.
+    """``input @ rows + bias``: ``[..., out] -> [..., in]``, what the gradient of an input takes.
 
-    No engine has this product: the kept weights of a row are spread over the result. It is what the gradient
-    of an input takes, once a backward pass.
+    From the engine's form where it has this product, else from dense rows made for this call.
     """
-    return _with_bias(torch.matmul(input, unpack_rows(weight)), bias)
+    product = ENGINES[weight.engine].matmul
+    y = torch.matmul(input, unpack_rows(weight)) if product is None else product(input, weight)
+    return _with_bias(y, bias)
 
 
 def _each(product: Callable[[Tensor, NMTensor], Tensor], input: Tensor, weight: NMTensor) -> Tensor:

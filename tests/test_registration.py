@@ -239,6 +239,19 @@ def panel_calls() -> dict[str, list[tuple[Any, ...]]]:
             for bias in (torch.randint(-4, 5, (rows,)),)
             for grad, activation in ((True, "none"), (False, "relu"))
         ],
+        "panel_matmul": [
+            (
+                torch.randint(-4, 5, (2, 3, rows)).to(values.dtype).requires_grad_(),
+                values.round(),
+                indices,
+                n,
+                m,
+                rows,
+                k,
+            )
+            for values, indices, n, m, rows, k in panels
+            if values.dtype != torch.int8
+        ],
         "panel_conv": list(conv_calls()),
         "panel_linear_int8": [
             (

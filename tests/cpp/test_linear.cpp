@@ -86,6 +86,12 @@ void test_pack() {
           Array again(dtype, values);
           std::unique_ptr<uint32_t[]> words(new uint32_t[w.panel_words.size()]);
           nms::PanelForm form = w.form(dtype, rows, k);
+          if (random_int(0, 1) == 1) {  // groups without codes, as convolutions fill up windows with
+            for (int row = 0; row < rows; ++row)
+              std::fill_n(w.indices.get() + row * w.index_bytes + w.index_bytes / 2, w.index_bytes - w.index_bytes / 2,
+                          0);
+            nms::pack_panels(form, w.values.data(), w.indices.get(), 0, nms::panel_count(rows));
+          }
           form.values = again.data();
           form.indices = words.get();
           // Each half as if by a thread of its own.

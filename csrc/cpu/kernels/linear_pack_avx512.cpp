@@ -262,7 +262,9 @@ NMS_INLINE void row_words(const PanelLayout& layout, const WindowCodes& codes, c
       for (int half = 0; half < kHalves; ++half, bitmask += 2) {
         uint16_t bits;
         std::memcpy(&bits, bitmask, sizeof(bits));
-        row.put_whole(step, half, set_places(bits));
+        // Groups that only fill up a window have no bits.
+        const bool full = _mm_popcnt_u32(bits) == layout.slots;
+        row.put_whole(step, half, full ? set_places(bits) : set_places(bits, codes.no_fields()) & all_fields);
       }
     }
   }
