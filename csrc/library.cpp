@@ -53,8 +53,8 @@ STABLE_TORCH_LIBRARY(nmsparse, m) {
       "Tensor");
   m.def(
       "panel_conv(Tensor x, Tensor value_panels, Tensor index_panels, Tensor? bias, Tensor? residual, int n, int m, "
-      "SymInt rows, "
-      "SymInt k, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, str activation) -> Tensor");
+      "SymInt rows, SymInt k, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, str activation) "
+      "-> Tensor");
   m.def(
       "panel_linear_int8(Tensor x, Tensor value_panels, Tensor index_panels, Tensor scales, Tensor sums, Tensor? bias, "
       "int n, int m, SymInt rows, SymInt k, str activation) -> Tensor");
