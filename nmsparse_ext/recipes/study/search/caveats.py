@@ -17,6 +17,8 @@ def caveats(plan: SearchPlan) -> list[str]:
         "- A seed has its own dense model, order of the data and, for the digits, split into training and "
         "validation data. Two ways that come to the same scheme have the same fine-tuning, bit for bit, so "
         "that their difference is exactly 0.",
+        "- ERK may round to the uniform scheme itself, as in the GPT, whose layers are alike; the difference "
+        "is then exactly 0 too.",
         "- `taylor` and `output` see some training batches, as many as stand below; `magnitude` and ERK see "
         "no data.",
         "- The published DominoSearch checks every 100 steps, pulls with 0.1 every 5th step at a learning "
@@ -27,7 +29,8 @@ def caveats(plan: SearchPlan) -> list[str]:
         "up.",
         "- Sizes, lengths, learning rates, λ and the constants above were settled with seeds "
         f"{', '.join(map(str, _pilot_seeds(plan)))}, on validation data alone; λ and the learning rate of "
-        "the fine-tuning by uniform schemes. The tested runs read the test data once, after the last step.",
+        "the fine-tuning by uniform schemes. The tested runs read the test data once, after the last step. "
+        "While they were being made, this page was looked at; the plan stayed as it was.",
         "- All runs are in `bench/results/search_study.jsonl`, one a line, with their schemes and curves.",
     ]
     missing = [

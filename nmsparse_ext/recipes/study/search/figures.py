@@ -77,7 +77,7 @@ def draw_gain(axes: Axes, experiment: Experiment, records: Records, metric: str,
     axes.set_ylabel(AXIS[experiment.metric])
     axes.set_title(f"At equal {what}: paired differences, means, intervals")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=9, ncols=2)
+        axes.legend(fontsize=8, ncols=2)
 
 
 def draw_cost(axes: Axes, experiment: Experiment, records: Records, metric: str, alpha: float) -> None:
@@ -97,7 +97,7 @@ def draw_cost(axes: Axes, experiment: Experiment, records: Records, metric: str,
     axes.set_ylabel(AXIS[experiment.metric])
     axes.set_title(f"Gain and cost, mean over the budgets of {metric}")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=8)
 
 
 def draw_schemes(axes: Axes, experiment: Experiment, records: Records, metric: str) -> None:
