@@ -155,35 +155,39 @@ def _cost_line(records: Records, experiment: Experiment) -> str:
 
 
 def short_table(records: Records, plan: SearchPlan) -> str:
-    """Every way at every budget in one table, for the README."""
+    """What each way gains over uniform and costs, in one table, for the README."""
     comparisons = {(c.experiment, c.case, c.arm, c.against): c for c in compare_all(plan, records)}
-    lines = []
-    for experiment in plan.experiments:
-        for metric, patterns in experiment.budgets.items():
-            lines += [
-                f"| {experiment.recipe}, {experiment.metric}, at equal {WHAT[metric]} | "
-                + " | ".join(patterns)
-                + " | minus uniform | p (Holm) | minus DominoSearch | p (Holm) | search |",
-                "|---|" + "---:|" * (len(patterns) + 5),
-            ]
-            for arm in experiment.arms:
-                cells = [_mean_at(records, experiment, arm, pattern, metric) for pattern in patterns]
-                if not any(cells):
-                    continue
-                for against in EXPECTED:
-                    whole = cases_of(patterns)[-1]
-                    c = comparisons.get((experiment.name, case_of(whole, metric), arm, against))
-                    cells += (
-                        ["", ""] if c is None or c.corrected is None else [difference(c), p_cell(c.corrected)]
-                    )
-                seconds = search_seconds(records, experiment, arm)
-                cells.append(_seconds(statistics.median(seconds)) if arm != "uniform" else "-")
-                lines.append(row(LABELS[arm], *cells))
-            lines.append("")
+    columns = [
+        (experiment, cases_of(patterns)[-1], metric)
+        for experiment in plan.experiments
+        for metric, patterns in experiment.budgets.items()
+    ]
+    heads = [
+        f"{experiment.name}, {experiment.metric} at equal {WHAT[metric]}, "
+        + (f"mean of {len(experiment.budgets[metric])} budgets" if case == ALL else case)
+        for experiment, case, metric in columns
+    ]
+    costs = [f"search, {experiment.name}" for experiment in plan.experiments]
+    lines = [row("way", *heads, *costs), "|---|" + "---:|" * (len(heads) + len(costs))]
+    for arm in dict.fromkeys(arm for experiment in plan.experiments for arm in experiment.arms):
+        cells = []
+        for experiment, case, metric in columns:
+            if arm == "uniform":
+                cells.append(_mean_at(records, experiment, arm, case, metric))
+                continue
+            c = comparisons.get((experiment.name, case_of(case, metric), arm, "uniform"))
+            if c is None or c.corrected is None:
+                cells.append("")
+            else:
+                cells.append(f"{difference(c)}, p {p_cell(c.corrected)}")
+        for experiment in plan.experiments:
+            seconds = search_seconds(records, experiment, arm)
+            cells.append(_seconds(statistics.median(seconds)) if seconds and arm != "uniform" else "-")
+        lines.append(row(LABELS[arm], *cells))
     missing = sum(job.key not in records for job in plan.jobs())
     if missing:
-        lines += [f"Not complete yet: {missing} runs are missing.", ""]
-    return "\n".join(lines)
+        lines += ["", f"Not complete yet: {missing} runs are missing."]
+    return "\n".join(lines) + "\n"
 
 
 def _mean_at(records: Records, experiment: Experiment, arm: str, pattern: str, metric: str) -> str:
