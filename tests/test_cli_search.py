@@ -118,6 +118,8 @@ def test_recipe_with_flags_and_chart(here):
         "output",
         "--batches",
         "1",
+        "--batch_size",
+        "4",
     )
     assert code == 0
     assert "dense: skipped by" in out
