@@ -52,6 +52,13 @@ def train_with_ddp(rank: int, folder: str) -> None:
         sharded = fully_shard(pair()[0])
         with pytest.raises(ValueError, match=r"0\.weight is a DTensor"):
             nms.convert(sharded, policy="always")
+        with pytest.raises(NotImplementedError, match="new_zeros"):  # packed weights are not sharded
+            fully_shard(pair()[1])
+        dense, packed = pair()
+        whole = {p for p in packed.parameters() if isinstance(p, nms.NMTensor)}
+        sharded = fully_shard(packed, ignored_params=whole)
+        x = torch.randn(4, 32, generator=torch.Generator().manual_seed(rank))
+        torch.testing.assert_close(sharded(x), dense(x))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -141,6 +141,9 @@ def ignore_in_ddp(model: nn.Module) -> None:
     They are frozen, so there is nothing to reduce; that they are equal everywhere is left to whoever converts
     or loads them. `convert` calls this for the model it is given. Call it for a model that holds a converted
     one as a part.
+
+    FSDP2 is told with its own argument, ``fully_shard(model, ignored_params={the packed weights})``; without
+    it, it refuses them.
     """
     names = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     for name, parameter in model.named_parameters(remove_duplicate=False):
