@@ -17,7 +17,7 @@ def _glob(*patterns: str) -> list[str]:
 
 
 #: Torch-free: needs no more than a C++ compiler. These are what the sanitizer build tests.
-KERNEL_SOURCES = _glob("csrc/cpu/kernels/*.cpp")
+KERNEL_SOURCES = _glob("csrc/cpu/kernels/*.cpp", "csrc/cusparselt/library/*.cpp")
 
 #: The half that sees tensors: schemas, bindings, and each op's checks and parallel loop.
 OP_SOURCES = _glob("csrc/*.cpp", "csrc/cpu/*.cpp")
@@ -26,7 +26,7 @@ OP_SOURCES = _glob("csrc/*.cpp", "csrc/cpu/*.cpp")
 CPU_SOURCES = OP_SOURCES + KERNEL_SOURCES
 
 #: Added by a CUDA build.
-CUDA_SOURCES = _glob("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp")
+CUDA_SOURCES = _glob("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp", "csrc/cusparselt/*.cpp")
 
 #: Rebuild when one of these changes.
 HEADERS = _glob("csrc/**/*.h", "csrc/**/*.cuh")
