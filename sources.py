@@ -20,13 +20,13 @@ def _glob(*patterns: str) -> list[str]:
 KERNEL_SOURCES = _glob("csrc/cpu/kernels/*.cpp", "csrc/cusparselt/library/*.cpp")
 
 #: The half that sees tensors: schemas, bindings, and each op's checks and parallel loop.
-OP_SOURCES = _glob("csrc/*.cpp", "csrc/cpu/*.cpp")
+OP_SOURCES = _glob("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cusparselt/*.cpp")
 
 #: Everything in a CPU build of ``nmsparse_ext._C``.
 CPU_SOURCES = OP_SOURCES + KERNEL_SOURCES
 
 #: Added by a CUDA build.
-CUDA_SOURCES = _glob("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp", "csrc/cusparselt/*.cpp")
+CUDA_SOURCES = _glob("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp", "csrc/cusparselt/*.cu")
 
 #: Rebuild when one of these changes.
 HEADERS = _glob("csrc/**/*.h", "csrc/**/*.cuh")

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/kernels/kernels.h"
+#include "cusparselt/bindings.h"
 
 #ifdef NMSPARSE_WITH_CUDA
 #include "cuda/build_info.h"
@@ -81,4 +82,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &nms::cpu_isa, "Name of the instruction set whose kernels run.");
   m.def("cpu_isas", &nms::cpu_isas, "Names of the instruction sets that this CPU can run, slowest first.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("isa"), "Choose the kernels of one instruction set, process-wide.");
+  nms::lt::bind(m);
 }

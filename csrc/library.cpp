@@ -58,4 +58,9 @@ STABLE_TORCH_LIBRARY(nmsparse, m) {
   m.def(
       "panel_linear_int8(Tensor x, Tensor value_panels, Tensor index_panels, Tensor scales, Tensor sums, Tensor? bias, "
       "int n, int m, SymInt rows, SymInt k, str activation) -> Tensor");
+  m.def("lt_pack(Tensor values, Tensor indices, SymInt k, str layout) -> Tensor");
+  m.def("lt_compress(Tensor w, SymInt size) -> Tensor");
+  m.def(
+      "lt_matmul(Tensor x, Tensor blob, Tensor? bias, Tensor? scales, float alpha, SymInt rows, str activation, "
+      "ScalarType? out_dtype, int algorithm, int split_k, int split_k_mode) -> Tensor");
 }

@@ -59,7 +59,7 @@ class BuildInfo:
         cuda_archs: Architectures with machine code in the binary, e.g. (80, 90).
         cuda_devices: Names of the GPUs that torch sees.
         cuda_reason: Why CUDA tensors do not run compiled kernels here; empty when they do.
-        cusparselt_version: cuSPARSELt that torch brings, e.g. "0.8.0"; None without one.
+        cusparselt_version: cuSPARSELt that was found and loaded, e.g. "0.8.0"; None without one.
         cusparselt_reason: Why there is none; empty when there is.
     """
 
@@ -136,27 +136,18 @@ def _cuda_reason(compiled: bool, devices: tuple[str, ...]) -> str:
     return ""
 
 
-def _cusparselt() -> tuple[str | None, str]:
-    """Version and "", or None and the reason."""
-    if torch.version.cuda is None:
-        return None, f"torch {torch.__version__} has no CUDA"
-    number = torch.backends.cusparselt.version()
-    if number is None:
-        return None, "this torch was built without it"
-    # The library counts 0.8.0 as 800 and 0.8.1 as 801.
-    return f"{number // 10000}.{number // 100 % 100}.{number % 100}", ""
-
-
 def build_info() -> BuildInfo:
     """What was compiled in, which instruction set runs, CUDA and cuSPARSELt versions or why there are none.
 
     Returns:
         A `BuildInfo`; print it to read it, `.as_dict()` to store it.
     """
+    from ._lt_library import library  # which needs this module
+
     compiled = extension.build_info() if extension is not None else {}
     devices = _cuda_devices()
     cuda = bool(compiled.get("cuda", False))
-    cusparselt_version, cusparselt_reason = _cusparselt()
+    cusparselt_version, cusparselt_reason = library()
     return BuildInfo(
         version=nmsparse_ext.__version__,
         python=platform.python_version(),

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import _checks as checks
 from . import _conv_layout as conv_checks
 from . import _list_checks as list_checks
+from . import _lt_layout as lt
 from . import _optim_checks as optim_checks
 from . import _panel_layout as panel_checks
 from . import reference
@@ -70,6 +71,9 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
     "panel_matmul": (),
     "panel_conv": (),
     "panel_linear_int8": (),
+    "lt_pack": (),
+    "lt_compress": (),
+    "lt_matmul": (),
 }
 
 
@@ -81,7 +85,7 @@ def schema_of(name: str) -> str:
     """
     mutated = MUTATED_ARGS[name]
     schema = torch.library.infer_schema(getattr(reference, name), mutates_args=mutated, op_name=name)
-    return re.sub(r"SymInt(\[\])? (?!(k|rows)\b)", r"int\1 ", schema)
+    return re.sub(r"SymInt(\[\])? (?!(k|rows|size)\b)", r"int\1 ", schema)
 
 
 @functools.cache
@@ -433,6 +437,37 @@ def _fake_panel_linear_int8(
         x, value_panels, index_panels, scales, sums, bias, n, m, rows, k, activation
     )
     return x.new_empty((*x.shape[:-1], rows))
+
+
+@_fake
+def _fake_lt_pack(values: Tensor, indices: Tensor, k: int, layout: str) -> Tensor:
+    lt.check_lt_pack(values, indices, k, layout)
+    groups = k // lt.hardware_pattern(values.dtype).m
+    return indices.new_empty(values.numel() * values.element_size() + values.shape[0] * groups // 2)
+
+
+@_fake
+def _fake_lt_compress(w: Tensor, size: int) -> Tensor:
+    lt.check_lt_compress(w, size)
+    return w.new_empty(size, dtype=torch.uint8)
+
+
+@_fake
+def _fake_lt_matmul(
+    x: Tensor,
+    blob: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    alpha: float,
+    rows: int,
+    activation: str,
+    out_dtype: torch.dtype | None,
+    algorithm: int,
+    split_k: int,
+    split_k_mode: int,
+) -> Tensor:
+    lt.check_lt_matmul(x, blob, bias, scales, rows, activation, out_dtype)
+    return lt.new_result(x, rows, out_dtype)
 
 
 # --------------------------------------------------------------------------------------------------- autograd

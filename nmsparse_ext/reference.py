@@ -609,5 +609,6 @@ def transposable_bits(w: Tensor) -> Tensor:
     return _pack_last(row_masks[row_pattern].reshape(rows, cols))
 
 
-# The optimizer steps, which use what stands above, are written down in a file of their own.
+# The optimizer steps and cuSPARSELt's ops, which use what stands above, have files of their own.
+from ._reference_lt import lt_compress, lt_matmul, lt_pack  # noqa: E402, F401
 from ._reference_optim import adamw_, sgd_  # noqa: E402, F401

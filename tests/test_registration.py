@@ -21,6 +21,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._pytree import tree_leaves, tree_map
 
 import nmsparse_ext as nms
+from nmsparse_ext import _lt_layout as lt
 from nmsparse_ext import _ops, ops, reference
 from nmsparse_ext.conv_panels import conv_pack
 
@@ -123,7 +124,34 @@ def sample_calls() -> dict[str, list[tuple[Any, ...]]]:
         **list_calls(),
         **panel_calls(),
         **optim_calls(),
+        **lt_calls(),
     }
+
+
+def lt_calls() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for cuSPARSELt's ops: every dtype, ragged tokens, a batch, results of another dtype."""
+    random = torch.Generator().manual_seed(0)
+    calls: dict[str, list[tuple[Any, ...]]] = {"lt_pack": [], "lt_compress": [], "lt_matmul": []}
+    for dtype, out_dtype, activation in (
+        (torch.float32, None, "relu"),
+        (torch.bfloat16, None, "none"),
+        (torch.float16, None, "none"),
+        (torch.int8, torch.int32, "none"),
+        (torch.int8, None, "gelu"),
+        (torch.float8_e4m3fn, torch.float16, "none"),
+    ):
+        w = torch.randint(-3, 4, (2, 32, 64), generator=random).to(dtype)
+        x = torch.randint(-3, 4, (2, 5, 64), generator=random).to(dtype)
+        pattern = lt.hardware_pattern(dtype)
+        calls["lt_pack"].append((*reference.compress(w[0], pattern.n, pattern.m, 1, False), 64, "cutlass"))
+        bias = torch.ones(32).to(lt.bias_dtype(dtype, out_dtype or dtype))
+        scales = torch.full((32,), 0.5) if dtype == torch.int8 else None
+        for one_w, one_x in ((w, x), (w[0], x[0])):
+            size = lt.portable_bytes(32, 64, dtype, one_w.numel() // (32 * 64))
+            calls["lt_compress"].append((one_w, size + 16))
+            blob = reference.lt_compress(one_w, size)
+            calls["lt_matmul"].append((one_x, blob, bias, scales, 0.5, 32, activation, out_dtype, -1, 1, 0))
+    return calls
 
 
 def optim_calls() -> dict[str, list[tuple[Any, ...]]]:

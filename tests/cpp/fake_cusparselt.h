@@ -1,9 +1,9 @@
 // cuSPARSELt for tests, without a GPU: an Api whose functions record every call, refuse misuse, fail on demand, and
 // really compute, so that operand order, layouts and strides are tested too.
 //
-// "Device" pointers are host pointers; a "compressed" weight is the dense one, copied. What is misuse: a descriptor that
-// was moved or copied, is used before it was made or after it was destroyed, is made twice or destroyed twice; a handle
-// used while another device is current; two threads inside the library on one device at once.
+// "Device" pointers are host pointers; a "compressed" weight is the dense one, copied. What is misuse: a descriptor
+// that was moved or copied, is used before it was made or after it was destroyed, is made twice or destroyed twice; a
+// handle used while another device is current; two threads inside the library on one device at once.
 #pragma once
 
 #include <atomic>
@@ -27,7 +27,7 @@ using namespace nms::lt;
 struct Recorder {
   std::mutex mutex;
   std::map<std::string, int> calls;
-  std::set<const void*> alive;  // every descriptor and handle that was made and not destroyed
+  std::set<const void*> alive;          // every descriptor and handle that was made and not destroyed
   std::map<std::string, Status> fails;  // call -> what it answers
   std::atomic<int> inside[4] = {};      // threads inside the library, by device
   size_t workspace_bytes = 1000, scratch_bytes = 0;
@@ -152,17 +152,16 @@ struct PlanBody {
   const Selection* selection;
 };
 
-inline void check_handle(const Opaque* handle) {
-  CHECK_EQ(used<HandleBody>(handle, kHandle)->device, current_device);
-}
+inline void check_handle(const Opaque* handle) { CHECK_EQ(used<HandleBody>(handle, kHandle)->device, current_device); }
 
 inline int bytes_of(CudaType type) {
-  return type == CudaType::kR32F || type == CudaType::kR32I ? 4 : type == CudaType::kR8I || type == CudaType::kR8FE4M3 ? 1
-                                                                                                                     : 2;
+  return type == CudaType::kR32F || type == CudaType::kR32I     ? 4
+         : type == CudaType::kR8I || type == CudaType::kR8FE4M3 ? 1
+                                                                : 2;
 }
 
 inline double read(const void* data, CudaType type, int64_t i) {
-  return type == CudaType::kR32F ? static_cast<const float*>(data)[i]
+  return type == CudaType::kR32F  ? static_cast<const float*>(data)[i]
          : type == CudaType::kR8I ? static_cast<const int8_t*>(data)[i]
                                   : static_cast<const int32_t*>(data)[i];
 }
@@ -178,8 +177,8 @@ inline void write(void* data, CudaType type, int64_t i, double value) {
 
 // ---- The functions ----
 
-#define FAKE_CALL(name)     \
-  const Call call(name);    \
+#define FAKE_CALL(name)  \
+  const Call call(name); \
   if (call.status != kSuccess) return call.status
 
 inline Status init_handle(Opaque* handle) {
@@ -269,7 +268,9 @@ inline Status set_product(const Opaque* handle, Opaque* matmul, MatmulAttribute 
     return kSuccess;
   }
   CHECK_EQ(bytes, sizeof(int));
-  int* field = attribute == MatmulAttribute::kRelu ? &p->relu : attribute == MatmulAttribute::kGelu ? &p->gelu : &p->scales;
+  int* field = attribute == MatmulAttribute::kRelu   ? &p->relu
+               : attribute == MatmulAttribute::kGelu ? &p->gelu
+                                                     : &p->scales;
   std::memcpy(field, data, bytes);
   return kSuccess;
 }
@@ -347,7 +348,8 @@ inline Status matmul(const Opaque* handle, const Opaque* plan, const void* alpha
   CHECK_EQ(streams, 1);
   CHECK_EQ(*static_cast<const float*>(beta), 0.0f);
   CHECK_EQ(workspace != nullptr, recorder().workspace_bytes != 0);
-  if (workspace) std::memset(workspace, 0x5A, recorder().workspace_bytes);  // the sanitizer sees that all of it is there
+  if (workspace)
+    std::memset(workspace, 0x5A, recorder().workspace_bytes);  // the sanitizer sees that all of it is there
   const Matrix &ma = *p.a, &mb = *p.b, &md = *p.d;
   for (int batch = 0; batch < ma.batches; ++batch)
     for (int64_t r = 0; r < md.rows; ++r)
@@ -364,7 +366,9 @@ inline Status matmul(const Opaque* handle, const Opaque* plan, const void* alpha
   return kSuccess;
 }
 
-inline size_t weight_bytes(const Matrix& w) { return static_cast<size_t>(w.rows * w.cols * w.batches * bytes_of(w.type)); }
+inline size_t weight_bytes(const Matrix& w) {
+  return static_cast<size_t>(w.rows * w.cols * w.batches * bytes_of(w.type));
+}
 
 inline Status compressed_size(const Opaque* handle, const Opaque* mat, size_t* compressed, size_t* scratch) {
   FAKE_CALL("SpMMACompressedSize2");

@@ -326,11 +326,14 @@ void test_every_call_that_fails_says_so_and_leaks_nothing() {
                                           "MatmulPlanInit",
                                           "MatmulGetWorkspace",
                                           "Matmul"};
-  const std::vector<std::pair<Status, std::string>> statuses = {
-      {kNotInitialized, "NOT_INITIALIZED (1) for"}, {kAllocFailed, "out of memory"},
-      {kInvalidValue, "INVALID_VALUE (3)"},         {kArchMismatch, "compute capability 8.0"},
-      {kExecutionFailed, "EXECUTION_FAILED (6)"},   {kInternalError, "CUDA_LAUNCH_BLOCKING"},
-      {kNotSupported, "no kernel for this combination"}, {99, "cusparseStatus_t (99)"}};
+  const std::vector<std::pair<Status, std::string>> statuses = {{kNotInitialized, "NOT_INITIALIZED (1) for"},
+                                                                {kAllocFailed, "out of memory"},
+                                                                {kInvalidValue, "INVALID_VALUE (3)"},
+                                                                {kArchMismatch, "compute capability 8.0"},
+                                                                {kExecutionFailed, "EXECUTION_FAILED (6)"},
+                                                                {kInternalError, "CUDA_LAUNCH_BLOCKING"},
+                                                                {kNotSupported, "no kernel for this combination"},
+                                                                {99, "cusparseStatus_t (99)"}};
   for (const std::string& step : steps)
     for (const auto& [status, words] : statuses) {
       Fixture f;

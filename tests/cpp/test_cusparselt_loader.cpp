@@ -25,8 +25,9 @@ void test_a_library_that_will_do() {
   CHECK(loaded.api->version.text() == "0.8.3");
   CHECK(loaded.api->path == fake("8"));
   CHECK_EQ(loaded.api->Init(nullptr), 0);
-  CHECK_EQ(loaded.api->Matmul(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0),
-           0);
+  CHECK_EQ(
+      loaded.api->Matmul(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0),
+      0);
   CHECK(loaded.api->MatmulAlgSelectionDestroy != nullptr);
 }
 

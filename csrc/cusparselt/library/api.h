@@ -17,9 +17,7 @@ constexpr Status kSuccess = 0, kNotInitialized = 1, kAllocFailed = 2, kInvalidVa
 struct Version {
   int major = 0, minor = 0, patch = 0;
 
-  std::string text() const {
-    return std::to_string(major) + "." + std::to_string(minor) + "." + std::to_string(patch);
-  }
+  std::string text() const { return std::to_string(major) + "." + std::to_string(minor) + "." + std::to_string(patch); }
 };
 
 // A descriptor or a handle of any kind: `descriptor_bytes` bytes that the library fills and that must never move.

@@ -1,10 +1,11 @@
 // What ops and bindings call: products and compression on any device, with one handle, one plan cache and one workspace
 // per stream for each device.
 //
-// Every member function may be called from any thread. Calls that go to the library on one device are made one after the
-// other (the library promises no thread safety); they launch and return, so the lock is held for microseconds. The
+// Every member function may be called from any thread. Calls that go to the library on one device are made one after
+// the other (the library promises no thread safety); they launch and return, so the lock is held for microseconds. The
 // caller has made `device` the current CUDA device. After the first call of a problem, matmul() looks its plan up and
-// makes one call of the library: it allocates nothing, plans nothing and waits for nothing, so CUDA graphs can capture it.
+// makes one call of the library: it allocates nothing, plans nothing and waits for nothing, so CUDA graphs can capture
+// it.
 #pragma once
 
 #include <cstdint>

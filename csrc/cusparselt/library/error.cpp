@@ -38,7 +38,8 @@ const char* advice(Status status) {
     case kArchMismatch:
       return "the GPU is older than compute capability 8.0, or newer than this version of the library knows";
     case kInternalError:
-      return "an earlier kernel may have failed (CUDA_LAUNCH_BLOCKING=1 shows where), or the library met a fault of its "
+      return "an earlier kernel may have failed (CUDA_LAUNCH_BLOCKING=1 shows where), or the library met a fault of "
+             "its "
              "own";
     case kNotSupported:
       return "this version has no kernel for this combination of GPU, dtype, shape and layout";
@@ -49,9 +50,7 @@ const char* advice(Status status) {
 
 }  // namespace
 
-std::string status_name(Status status) {
-  return std::string(plain_name(status)) + " (" + std::to_string(status) + ")";
-}
+std::string status_name(Status status) { return std::string(plain_name(status)) + " (" + std::to_string(status) + ")"; }
 
 void check(const Api& api, Status status, const char* call, const std::string& what) {
   if (status == kSuccess) return;

@@ -42,7 +42,7 @@ void DescriptorMemory::Free::operator()(std::byte* bytes) const {
 
 DescriptorMemory::DescriptorMemory(const Api& api, int count)
     : step_((descriptor_bytes(api.version) + kDescriptorAlignment - 1) / kDescriptorAlignment * kDescriptorAlignment),
-      bytes_(static_cast<std::byte*>(::operator new(step_ * count, std::align_val_t(kDescriptorAlignment)))) {
+      bytes_(static_cast<std::byte*>(::operator new(step_* count, std::align_val_t(kDescriptorAlignment)))) {
   std::memset(bytes_.get(), 0, step_ * count);
 }
 

@@ -58,7 +58,8 @@ class WeightDescriptor {
 
 class Plan {
  public:
-  // handle: of the current device, and must outlive the plan. Throws Error; whatever had been made by then is destroyed.
+  // handle: of the current device, and must outlive the plan. Throws Error; whatever had been made by then is
+  // destroyed.
   Plan(const Api& api, const Opaque* handle, const Problem& problem);
 
   size_t workspace_bytes() const { return workspace_bytes_; }

@@ -54,7 +54,8 @@ class PlanCache {
 
  private:
   struct Entry {
-    Entry(const Api& api, const Opaque* handle, const Problem& problem) : problem(problem), plan(api, handle, problem) {}
+    Entry(const Api& api, const Opaque* handle, const Problem& problem)
+        : problem(problem), plan(api, handle, problem) {}
 
     Problem problem;
     Plan plan;

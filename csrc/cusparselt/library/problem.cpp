@@ -106,9 +106,7 @@ CudaType c_type(const Problem& problem) {
   return problem.out == OutType::kFloat8E4M3 ? CudaType::kR16F : cuda_type(problem.out);
 }
 
-CudaType bias_type(const Problem& problem) {
-  return problem.type == DType::kInt8 ? CudaType::kR32F : c_type(problem);
-}
+CudaType bias_type(const Problem& problem) { return problem.type == DType::kInt8 ? CudaType::kR32F : c_type(problem); }
 
 Compute compute_type(DType type) { return type == DType::kInt8 ? Compute::k32I : Compute::k32F; }
 

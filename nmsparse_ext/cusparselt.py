@@ -1,0 +1,420 @@
+"""2:4 weights (1:2 in float32) on sparse tensor cores, through NVIDIA's cuSPARSELt.
+
+Example::
+
+    W = nms.compress(w.cuda(), "2:4")       # any pattern that embeds in 2:4
+    packed = cusparselt.pack(W)             # the library's own form; once
+    y = cusparselt.linear(x, packed, bias)  # x: as many tokens as you like
+
+The library is loaded at run time from where torch or its wheel put it; `why_not` says why there is none. On
+the CPU the same functions run in plain PyTorch, with a form of their own.
+
+Which of the library's algorithms runs is decided by `set_search_mode`: ``"off"`` takes its own choice,
+``"file"`` (the default) what an earlier search has found for this GPU, library version and product, and
+``"first-use"`` searches at the first call of a product. `search` does it ahead of time.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from . import _arguments as arguments
+from . import _lt_layout as lt
+from . import _ops  # noqa: F401  (registers torch.ops.nmsparse)
+from ._build import extension
+from ._checks import ceil_div
+from ._lt_library import library
+from ._lt_search import DEFAULT, Algorithms, Choice, Found, Key, problem_text
+from ._lt_search import search as checked_search
+
+if TYPE_CHECKING:
+    from .tensor import NMTensor
+
+__all__ = [
+    "Algorithms",
+    "Choice",
+    "Found",
+    "LtWeight",
+    "clear",
+    "linear",
+    "pack",
+    "search",
+    "search_mode",
+    "set_plan_limit",
+    "set_search_mode",
+    "statistics",
+    "why_not",
+]
+
+SearchMode = Literal["off", "file", "first-use"]
+_MODES = get_args(SearchMode)
+
+
+class LtWeight(NamedTuple):
+    """A weight in the form that multiplies it, for one device and library version. Not to be saved.
+
+    Attributes:
+        blob: uint8 ``[bytes]``.
+        rows: Outputs.
+        k: Inputs.
+        dtype: The weight's dtype, which inputs must have too.
+        batches: How many weights it holds, or 0 for a single one.
+    """
+
+    blob: Tensor
+    rows: int
+    k: int
+    dtype: torch.dtype
+    batches: int = 0
+
+
+def why_not(device: torch.device | str) -> str | None:
+    """Why tensors of this device do not run on cuSPARSELt; None if they do."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return f"{device.type} tensors run in plain PyTorch"
+    version, reason = library()
+    if version is None:
+        return reason
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "sparse tensor cores begin at compute capability 8.0, this GPU has {}.{}".format(*capability)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ packing
+
+
+def pack(weight: NMTensor) -> LtWeight:
+    """Compresses a packed weight for `linear`.
+
+    Args:
+        weight: ``[rows, k]``, or ``[batches, rows, k]``, grouped along ``k``, with a pattern that embeds in
+            2:4 (float32: in 1:2). Rows and k must be multiples of 16 (float32: 8; int8 and float8: 32).
+
+    Returns:
+        The library's form, on the weight's device.
+
+    Raises:
+        TypeError: ``weight`` is no NMTensor, or of a dtype that sparse tensor cores do not multiply.
+        ValueError: Its pattern, group dim, shape or device will not do.
+    """
+    from .tensor import NMTensor
+
+    if not isinstance(weight, NMTensor):
+        raise TypeError(f"weight must be an NMTensor (nms.compress makes one), got {type(weight).__name__}")
+    arguments.check_dtype("weight", weight, tuple(lt.MULTIPLES))
+    if weight.dim() not in (2, 3) or weight.group_dim != weight.dim() - 1:
+        raise ValueError(
+            "weight must be [rows, k] or [batches, rows, k], grouped along k, "
+            f"got shape {list(weight.shape)}, grouped along dim {weight.group_dim}"
+        )
+    wanted, pattern = lt.hardware_pattern(weight.dtype), weight.pattern
+    if pattern.n > wanted.n or pattern.m % wanted.m != 0:
+        raise ValueError(
+            f"weight of {weight.dtype} must have a pattern that embeds in {wanted} "
+            f"(n <= {wanted.n}, m a multiple of {wanted.m}), got {pattern}"
+        )
+    rows, k = weight.shape[-2:]
+    multiple = lt.MULTIPLES[weight.dtype].weight
+    if rows == 0 or rows % multiple or k == 0 or k % multiple:
+        raise ValueError(
+            f"weight of {weight.dtype} must have sizes in multiples of {multiple}, got {list(weight.shape)}"
+        )
+    batches = weight.shape[0] if weight.dim() == 3 else 0
+    dense = weight.detach().to_dense().contiguous()
+    if dense.is_cuda:
+        _require(dense.device)
+        assert extension is not None
+        with torch.cuda.device(dense.device):
+            size = extension.cusparselt_compressed_bytes(
+                dense.device.index, rows, k, max(batches, 1), _name(dense.dtype)
+            )
+    else:
+        size = lt.portable_bytes(rows, k, dense.dtype, max(batches, 1))
+    return LtWeight(torch.ops.nmsparse.lt_compress(dense, size), rows, k, dense.dtype, batches)
+
+
+def _require(device: torch.device) -> None:
+    reason = why_not(device)
+    if reason is not None:
+        raise ValueError(f"cuSPARSELt cannot run on {device}: {reason}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------------------ products
+
+
+def linear(
+    x: Tensor,
+    weight: LtWeight,
+    bias: Tensor | None = None,
+    *,
+    scales: Tensor | None = None,
+    alpha: float = 1.0,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+    choice: Choice | None = None,
+) -> Tensor:
+    """Multiplies with a compressed weight.
+
+    Equivalent to ``activation(alpha * F.linear(x, W) + bias)``, but for the order in which sums are taken.
+    For inference: it has no gradients. CUDA graphs can capture it once it has run with the same arguments.
+
+    Args:
+        x: ``[..., k]`` of the weight's dtype; ``[batches, tokens, k]`` for a batch of weights. Read where it
+            lies if its rows begin at multiples of 16 bytes; token counts that the library does not take
+            (other than multiples of 8, float32: 4, int8 and float8: 16) cost a copy only where x ends at the
+            end of its memory.
+        weight: What `pack` gave, on the device of ``x``.
+        bias: ``[rows]``, of the result's dtype (float32 for int8 weights, float16 for results of float8).
+        scales: float32 ``[rows]``, instead of ``alpha``, for int8 weights only.
+        alpha: What sums are multiplied by.
+        activation: ``"none"``, ``"relu"``, or ``"gelu"``, which the library fuses for int8 in and out, and
+            which is a step of its own elsewhere.
+        out_dtype: dtype of the result, by default that of ``x``. int8: also int32, float16, bfloat16. float8:
+            also float16, bfloat16, float32.
+        choice: Which of the library's kernels runs; by default what `search_mode` says.
+
+    Returns:
+        ``[..., rows]``.
+
+    Raises:
+        TypeError: An argument has a type or dtype that will not do.
+        ValueError: A shape, device, activation or combination of them will not do, or gradients are
+            asked for.
+    """
+    arguments.check_tensor("x", x)
+    out = x.dtype if out_dtype is None else out_dtype
+    _check_linear(x, weight, bias, scales, activation, out)
+    unfused = activation == "gelu" and not (x.dtype == torch.int8 and out == torch.int8)
+    fused = "none" if unfused else activation
+    shape = x.shape
+    if not weight.batches and x.dim() != 2:
+        x = x.reshape(-1, weight.k)
+    if choice is None:
+        choice = _chosen(x, weight, out, bias, scales, fused)
+    y = torch.ops.nmsparse.lt_matmul(
+        x, weight.blob, bias, scales, alpha, weight.rows, fused, out, choice.algorithm, choice.split_k,
+        choice.split_k_mode,
+    )  # fmt: skip
+    if unfused:
+        y = torch.nn.functional.gelu(y)
+    return y if y.dim() == len(shape) else y.view(*shape[:-1], weight.rows)
+
+
+def _check_linear(
+    x: Tensor,
+    weight: LtWeight,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> None:
+    if not isinstance(weight, LtWeight):
+        raise TypeError(f"weight must be what cusparselt.pack gives, got {type(weight).__name__}")
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x must have the weight's dtype, {weight.dtype}, got {x.dtype}")
+    arguments.check_same_device("x", x, "weight", weight.blob)
+    if weight.batches and (x.dim() != 3 or x.shape[0] != weight.batches):
+        raise ValueError(
+            f"x must be [{weight.batches}, tokens, {weight.k}] for {weight.batches} weights, "
+            f"got {list(x.shape)}"
+        )
+    if x.dim() == 0 or x.shape[-1] != weight.k:
+        raise ValueError(f"x must be [..., {weight.k}], got {list(x.shape)}")
+    if out_dtype not in lt.OUT_DTYPES[x.dtype]:
+        allowed = ", ".join(map(str, lt.OUT_DTYPES[x.dtype]))
+        raise TypeError(f"out_dtype must be one of {allowed} for x of {x.dtype}, got {out_dtype}")
+    arguments.check_choice("activation", activation, lt.ACTIVATIONS)
+    if activation == "gelu" and out_dtype != torch.int8 and not out_dtype.is_floating_point:
+        raise ValueError(f"activation 'gelu' needs a floating-point or int8 out_dtype, got {out_dtype}")
+    if activation == "gelu" and out_dtype == torch.float8_e4m3fn:
+        raise ValueError("activation 'gelu' is not available for float8 results; ask for another out_dtype")
+    if scales is not None and x.dtype != torch.int8:
+        raise ValueError(f"scales are for int8 weights only, got {x.dtype}")
+    bias_dtype = lt.bias_dtype(x.dtype, out_dtype)
+    for name, vector, dtype in (("bias", bias, bias_dtype), ("scales", scales, torch.float32)):
+        if vector is None:
+            continue
+        arguments.check_tensor(name, vector)
+        arguments.check_dtype(name, vector, (dtype,))
+        arguments.check_same_device(name, vector, "x", x)
+        if vector.dim() != 1 or vector.shape[0] != weight.rows or not vector.is_contiguous():
+            raise ValueError(f"{name} must be contiguous [{weight.rows}], got {list(vector.shape)}")
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError(
+            "cusparselt.linear has no gradients: call it under torch.no_grad(), or use nms.linear with the "
+            "packed weight"
+        )
+
+
+# -------------------------------------------------------------------------------------------------- search
+
+_algorithms = Algorithms()
+_mode: SearchMode = "file"
+
+
+def search_mode() -> SearchMode:
+    """How `linear` chooses among the library's algorithms."""
+    return _mode
+
+
+def set_search_mode(mode: SearchMode, *, path: str | os.PathLike[str] | None = None) -> None:
+    """Says how `linear` chooses among the library's algorithms.
+
+    ``NMSPARSE_CUSPARSELT_SEARCH`` sets it at the start.
+
+    Args:
+        mode: ``"off"``: the library's own choice. ``"file"``: what a search has found. ``"first-use"``: the
+            same, and a search at the first call of a product that the file does not know, which takes a
+            while. While a CUDA graph is being captured no search is made; compiled code leaves the choice to
+            the library.
+        path: The file; by default ``nmsparse_ext/cusparselt.json`` in the user's cache folder.
+    """
+    global _mode, _algorithms
+    arguments.check_choice("mode", mode, _MODES)
+    _mode = mode
+    if path is not None:
+        _algorithms = Algorithms(path)
+
+
+def search(
+    weight: LtWeight,
+    tokens: int,
+    *,
+    bias: bool = False,
+    scales: bool = False,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+) -> Found:
+    """Finds the fastest of the library's algorithms for one product, on random inputs, and remembers it.
+
+    Every candidate's results are compared with those of algorithm 0 before its time counts.
+
+    Args:
+        weight: What `pack` gave, on a GPU.
+        tokens: How many rows of ``x`` (of each matrix, for a batch of weights).
+        bias: Whether the product will have one.
+        scales: Whether the product will have scales.
+        activation: The activation that the library fuses.
+        out_dtype: dtype of the results.
+
+    Returns:
+        What was found; `linear` uses it from now on, unless the mode is ``"off"``.
+
+    Raises:
+        ValueError: The weight is not on a GPU that runs cuSPARSELt, or the product will not do.
+    """
+    if weight.blob.device.type != "cuda":
+        raise ValueError(f"a search measures on a GPU; the weight is on {weight.blob.device}")
+    _require(weight.blob.device)
+    from ._lt_runner import CudaRunner
+
+    runner = CudaRunner(weight, tokens, bias, scales, activation, out_dtype or weight.dtype)
+    with torch.cuda.device(weight.blob.device):
+        capability = torch.cuda.get_device_capability()
+        found = checked_search(runner, capability, weight.k)
+    _algorithms.add(_key(weight, tokens, bias, scales, activation, out_dtype or weight.dtype), found)
+    return found
+
+
+def _key(
+    weight: LtWeight, tokens: int, bias: bool, scales: bool, activation: str, out_dtype: torch.dtype
+) -> Key:
+    multiple = lt.MULTIPLES[weight.dtype].tokens
+    text = problem_text(
+        weight.dtype,
+        out_dtype,
+        weight.rows,
+        weight.k,
+        ceil_div(tokens, multiple) * multiple,
+        batches=max(weight.batches, 1),
+        bias=bias,
+        scales=scales,
+        activation=activation,
+    )
+    return Key(*_gpu(weight.blob.device), text)
+
+
+@functools.cache
+def _gpu(device: torch.device) -> tuple[str, str]:
+    """Name of the GPU and version of the library."""
+    return torch.cuda.get_device_name(device), library()[0] or "none"
+
+
+def _chosen(
+    x: Tensor,
+    weight: LtWeight,
+    out_dtype: torch.dtype,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    activation: str,
+) -> Choice:
+    """What runs when the caller has not chosen; ``x`` is what the op gets."""
+    if _mode == "off" or x.device.type != "cuda" or torch.compiler.is_compiling():
+        return DEFAULT
+    tokens = x.shape[-2]
+    if tokens == 0 or (_mode == "file" and len(_algorithms) == 0):
+        return DEFAULT
+    product = (tokens, bias is not None, scales is not None, activation, out_dtype)
+    found = _algorithms.get(_key(weight, *product))
+    if found is None and _mode == "first-use" and not torch.cuda.is_current_stream_capturing():
+        found = search(
+            weight,
+            tokens,
+            bias=bias is not None,
+            scales=scales is not None,
+            activation=activation,
+            out_dtype=out_dtype,
+        )
+    return DEFAULT if found is None else found.choice
+
+
+# --------------------------------------------------------------------------------------------- bookkeeping
+
+
+def statistics() -> list[dict[str, Any]]:
+    """Plans, hits, misses, evictions, streams and bytes of workspace, for each device that was used."""
+    return [] if extension is None else extension.cusparselt_statistics()
+
+
+def clear(device: torch.device | str | int) -> None:
+    """Gives back a GPU's plans and workspaces. No captured CUDA graph may still be going to use them."""
+    if extension is None or not torch.cuda.is_available():
+        return
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        extension.cusparselt_clear(torch.cuda.current_device())
+
+
+def set_plan_limit(limit: int) -> None:
+    """How many plans (products of one shape, bias and epilogue) each device keeps; 256 unless set.
+
+    Raises:
+        ValueError: ``limit`` is below 1, or there is no cuSPARSELt.
+    """
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"limit must be an int of at least 1, got {limit!r}")
+    version, reason = library()
+    if version is None:
+        raise ValueError(f"there is no cuSPARSELt: {reason}")
+    assert extension is not None
+    extension.cusparselt_set_plan_limit(limit)
+
+
+def _mode_of_environment() -> SearchMode:
+    mode = os.environ.get("NMSPARSE_CUSPARSELT_SEARCH", "").strip() or "file"
+    arguments.check_choice("NMSPARSE_CUSPARSELT_SEARCH", mode, _MODES)
+    return mode  # type: ignore[return-value]
+
+
+_mode = _mode_of_environment()
