@@ -77,8 +77,10 @@ Tensor panel_conv_cpu(const Tensor& x, const Tensor& value_panels, const Tensor&
   const Tensor image = x.stride(last) == 1 || x.size(last) <= 1 ? x : torch::stable::contiguous(x);
   ConvProblem problem;
   problem.kernels = &kernels().linear.of[static_cast<int>(dtype_of(x, "x"))];
-  problem.tile = kernels().conv.tile[static_cast<int>(dtype_of(x, "x"))];
+  const ConvKernels& conv = kernels().conv.of[static_cast<int>(dtype_of(x, "x"))];
   problem.layout = layout_of(value_panels, n, m, row);
+  problem.tile = conv.tile;
+  problem.decoded = conv.indices(problem.layout);
   problem.values = value_panels.const_data_ptr();
   problem.indices = static_cast<const uint32_t*>(index_panels.const_data_ptr());
   problem.shape = shape;

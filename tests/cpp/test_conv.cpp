@@ -88,8 +88,10 @@ void check_conv(DType dtype, Pattern p, const ConvShape& shape, int64_t groups, 
 
   ConvProblem problem;
   problem.kernels = &table.linear.of[static_cast<int>(dtype)];
-  problem.tile = table.conv.tile[static_cast<int>(dtype)];
+  const nms::ConvKernels& conv = table.conv.of[static_cast<int>(dtype)];
   problem.layout = w.layout;
+  problem.tile = conv.tile;
+  problem.decoded = conv.indices(w.layout);
   problem.values = w.panel_values.data();
   problem.indices = w.panel_words.data();
   problem.shape = shape;
@@ -146,7 +148,7 @@ void test_splits() {
   ConvProblem problem;
   for (const Pattern p : {Pattern{2, 4}, Pattern{1, 8}, Pattern{3, 4}}) {
     problem.layout = nms::panel_layout(p.n, p.m, 64, DType::kFloat32);
-    problem.tile = table.conv.tile[static_cast<int>(DType::kFloat32)];
+    problem.tile = table.conv.of[static_cast<int>(DType::kFloat32)].tile;
     for (int64_t count = 0; count < 300; ++count) {
       const nms::TileSplit split(problem, count);
       int64_t before = 0;

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -35,14 +36,16 @@ namespace {
 
 #include "linear_table.h"
 
+#include "conv_tile.h"
+
 #include "conv_table.h"
 
 }  // namespace
 
 void use_avx2_conv(ConvTable& table) {
-  table.tile[static_cast<int>(DType::kFloat32)] = &find_conv_tile<Float32>;
-  table.tile[static_cast<int>(DType::kFloat16)] = &find_conv_tile<Float16>;
-  table.tile[static_cast<int>(DType::kBFloat16)] = &find_conv_tile<BFloat16>;
+  table.of[static_cast<int>(DType::kFloat32)] = conv_kernels<Float32>();
+  table.of[static_cast<int>(DType::kFloat16)] = conv_kernels<Float16>();
+  table.of[static_cast<int>(DType::kBFloat16)] = conv_kernels<BFloat16>();
 }
 
 }  // namespace nms

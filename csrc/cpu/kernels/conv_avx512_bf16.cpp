@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -42,12 +43,14 @@ namespace {
 
 #include "linear_table.h"
 
+#include "conv_tile.h"
+
 #include "conv_table.h"
 
 }  // namespace
 
 void use_avx512_bf16_conv(ConvTable& table) {
-  table.tile[static_cast<int>(DType::kBFloat16)] = &find_conv_tile<BFloat16Dot>;
+  table.of[static_cast<int>(DType::kBFloat16)] = conv_kernels<BFloat16Dot>();
 }
 
 }  // namespace nms

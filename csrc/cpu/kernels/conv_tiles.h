@@ -46,7 +46,7 @@ class TileSplit {
 
  private:
   static constexpr int kSearched = 4;  // up to so many of the largest tiles, the best split is looked for
-  static constexpr int kTileCost = 3;  // of a tile's values and indices, in halves of a row
+  static constexpr int kTileCost = 1;  // of a tile's values and indices, in halves of a row
 
   int64_t full_;
   int most_;

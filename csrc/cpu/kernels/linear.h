@@ -37,8 +37,11 @@ struct LinearTile {
   int64_t steps;            // a multiple of the layout's unroll
   void* sums;               // [panels, tile rows, 16] float; double for float64, int32_t for int8
   const PanelLayout* layout;
-  bool from_zero = false;            // sums are not continued but begun: their memory may hold anything
-  const int32_t* x_steps = nullptr;  // [steps], for kernels of placed steps: bytes from x to the rows of each
+  bool from_zero = false;  // sums are not continued but begun: their memory may hold anything
+  // For kernels of placed steps: bytes from x to the first row of each step [steps], and from one row to the next.
+  const int32_t* x_steps = nullptr;
+  int64_t x_row = 0;
+  int64_t early_panel = 0;  // kernels of decoded indices: bytes from what is fetched per step for a panel to the next's
 };
 using LinearTileFn = void (*)(const LinearTile&);
 
@@ -59,13 +62,13 @@ struct PackInput {
 };
 using PackInputFn = void (*)(const PackInput&);
 
-// Some steps of rows that lie anywhere, as a packed tile of only those steps.
+// Some steps of rows that lie anywhere, row by row.
 struct PackRows {
-  const void* const* rows;  // [tile rows]: k inputs each, next to each other; null is a row of zeros
-  int64_t k;
-  int tile_rows;
+  const void* const* rows;  // [count]: k inputs each, next to each other; null is a row of zeros
+  int64_t k, count;
   int64_t first_step, last_step;
-  void* packed;
+  void* packed;        // [count, last_step - first_step, inputs of a step]
+  int64_t packed_row;  // bytes between rows
   const PanelLayout* layout;
 };
 using PackRowsFn = void (*)(const PackRows&);

@@ -16,6 +16,7 @@ struct Sums256 {
   static constexpr int kSharedPanels = 1;
   static constexpr int kMaxSharedRows = 4;
   static constexpr int kBusySums = 4;  // each is two vectors
+  static constexpr int kIndexBytes = 0;
 
   struct Vec {
     __m256 low, high;  // rows 0 to 7 and 8 to 15 of the panel

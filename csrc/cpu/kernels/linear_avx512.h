@@ -5,6 +5,7 @@
 //   kValueBytes   of one slot; kInputBytes of one row of x in a step; kSlotGroup slots are held in registers at once
 //   words         sixteen index words
 //   index         the permutation for one slot: field at bit kShift of the words
+//   load_index    what store_index has written, kIndexBytes of it; 0 where such vectors are of no use
 //   multiply_add  sum + value * (input looked up by index)
 //
 // Note    Included inside the target region of an AVX-512 source.
@@ -59,8 +60,12 @@ struct Lookup512 : Sums512 {
   using Value = __m512;
   using Input = __m512;
 
+  static constexpr int kIndexBytes = 64;
+
   static NMS_INLINE Words words(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static NMS_INLINE Input input(const void* p) { return in_register(_mm512_loadu_ps(p)); }
+  static NMS_INLINE Index load_index(const void* p) { return in_register(_mm512_loadu_si512(p)); }
+  static NMS_INLINE void store_index(void* p, Index index) { _mm512_storeu_si512(p, index); }
 
   template <class Slots, int kSlot, int kShift>
   static NMS_INLINE Index index(Words words) {
@@ -106,6 +111,17 @@ struct BFloat16 : Sums512 {
   using Value = Pair;
   using Input = Pair;
 
+  static constexpr int kIndexBytes = 128;
+
+  static NMS_INLINE Index load_index(const void* p) {
+    const __m512i* halves = static_cast<const __m512i*>(p);
+    return {_mm512_loadu_si512(halves), _mm512_loadu_si512(halves + 1)};
+  }
+  static NMS_INLINE void store_index(void* p, const Index& index) {
+    __m512i* halves = static_cast<__m512i*>(p);
+    _mm512_storeu_si512(halves, index.low);
+    _mm512_storeu_si512(halves + 1, index.high);
+  }
   static NMS_INLINE Words words(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static NMS_INLINE Input input(const void* p) {
     const float* windows = static_cast<const float*>(p);

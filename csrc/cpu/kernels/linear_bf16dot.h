@@ -20,6 +20,10 @@ struct BFloat16Dot : Sums512 {
   static NMS_INLINE Words words(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static NMS_INLINE Input input(const void* p) { return in_register(_mm512_loadu_si512(p)); }
   static NMS_INLINE Value value(const void* p) { return _mm512_loadu_si512(p); }
+  static constexpr int kIndexBytes = 64;
+
+  static NMS_INLINE Index load_index(const void* p) { return in_register(_mm512_loadu_si512(p)); }
+  static NMS_INLINE void store_index(void* p, Index index) { _mm512_storeu_si512(p, index); }
 
   template <class Slots, int kSlot, int kShift>
   static NMS_INLINE Index index(Words words) {

@@ -116,6 +116,7 @@ NMS_INLINE void write_outputs(const typename Arithmetic<D>::Type* out, int outpu
 template <DType D>
 NMS_INLINE void add_outputs(const typename Element<D>::Bits* more, int outputs, typename Arithmetic<D>::Type* out) {
   if (outputs == kPanelRows) {
+    NMS_VECTORIZE
     for (int i = 0; i < kPanelRows; ++i) out[i] += to_arithmetic<D>(more[i]);
   } else {
     for (int i = 0; i < outputs; ++i) out[i] += to_arithmetic<D>(more[i]);
@@ -133,8 +134,10 @@ NMS_INLINE void store_rows(const StoreSums& s) {
     const Sum* sums = static_cast<const Sum*>(s.sums) + row * kPanelRows;
     Bits* y = static_cast<Bits*>(s.y) + row * s.y_row;
     Sum out[kPanelRows];
+    NMS_VECTORIZE
     for (int i = 0; i < kPanelRows; ++i) out[i] = sums[i] + bias[i];
     if (s.residual) add_outputs<D>(static_cast<const Bits*>(s.residual) + row * s.y_row, s.outputs, out);
+    NMS_VECTORIZE
     for (int i = 0; i < kPanelRows; ++i) out[i] = activate<A>(out[i]);
     write_outputs<D>(out, s.outputs, y);
   }

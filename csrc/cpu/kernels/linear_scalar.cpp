@@ -56,14 +56,16 @@ LinearTileKernel scalar_conv_tile(const PanelLayout&, int tile_rows, int64_t) {
   }
 }
 
+DecodedIndices no_decoding(const PanelLayout&) { return {}; }
+
 }  // namespace
 
 ConvTable scalar_conv() {
   ConvTable table;
-  table.tile[static_cast<int>(DType::kFloat64)] = &scalar_conv_tile<DType::kFloat64>;
-  table.tile[static_cast<int>(DType::kFloat32)] = &scalar_conv_tile<DType::kFloat32>;
-  table.tile[static_cast<int>(DType::kBFloat16)] = &scalar_conv_tile<DType::kBFloat16>;
-  table.tile[static_cast<int>(DType::kFloat16)] = &scalar_conv_tile<DType::kFloat16>;
+  table.of[static_cast<int>(DType::kFloat64)] = {&scalar_conv_tile<DType::kFloat64>, &no_decoding};
+  table.of[static_cast<int>(DType::kFloat32)] = {&scalar_conv_tile<DType::kFloat32>, &no_decoding};
+  table.of[static_cast<int>(DType::kBFloat16)] = {&scalar_conv_tile<DType::kBFloat16>, &no_decoding};
+  table.of[static_cast<int>(DType::kFloat16)] = {&scalar_conv_tile<DType::kFloat16>, &no_decoding};
   return table;
 }
 

@@ -9,39 +9,43 @@ constexpr int shared_panels(int slots, int rows) {
   return slots <= 2 && rows <= Format::kMaxSharedRows ? Format::kSharedPanels : 1;
 }
 
-template <class Format, class Slots, int kRows, bool kPlaced>
-LinearTileKernel tile_kernel(int64_t panels) {
-  constexpr int kShared = shared_panels<Format>(Slots::kSlots, kRows);
-  if (panels >= kShared) return {&Tile<Format, Slots, kRows, kShared, kPlaced>::run, kShared};
-  return {&Tile<Format, Slots, kRows, 1, kPlaced>::run, 1};
+// What `known` returns for the layout's pattern, called as known.operator()<Slots>(), or else `other`.
+template <class Format, class Known, class Result>
+Result by_pattern(const PanelLayout& layout, const Known& known, Result other) {
+  // Vectors as long as a window do not care in which half of it a group lies.
+  constexpr int kEight = Format::kLanes < kWindowInputs ? 8 : 16;
+  if (layout.index_bits == 2) {
+    if (layout.m == 2) return known.template operator()<GroupFields<1, 2>>();
+    if (layout.n == 2) return known.template operator()<GroupFields<2, 4>>();
+    return known.template operator()<GroupFields<1, 4>>();
+  }
+  if (layout.m == 8) {
+    if (layout.n == 1) return known.template operator()<WindowFields<2, kEight>>();
+    if (layout.n == 2) return known.template operator()<WindowFields<4, kEight>>();
+    if (layout.n == 4) return known.template operator()<WindowFields<8, kEight>>();
+  }
+  switch (layout.slots) {
+    case 1:
+      return known.template operator()<WindowFields<1, 16>>();
+    case 2:
+      return known.template operator()<WindowFields<2, 16>>();
+    case 4:
+      return known.template operator()<WindowFields<4, 16>>();
+    case 8:
+      return known.template operator()<WindowFields<8, 16>>();
+    default:
+      return other;
+  }
 }
 
 template <class Format, int kRows, bool kPlaced = false>
 LinearTileKernel pattern_kernel(const PanelLayout& layout, int64_t panels) {
-  // Vectors as long as a window do not care in which half of it a group lies.
-  constexpr int kEight = Format::kLanes < kWindowInputs ? 8 : 16;
-  if (layout.index_bits == 2) {
-    if (layout.m == 2) return tile_kernel<Format, GroupFields<1, 2>, kRows, kPlaced>(panels);
-    if (layout.n == 2) return tile_kernel<Format, GroupFields<2, 4>, kRows, kPlaced>(panels);
-    return tile_kernel<Format, GroupFields<1, 4>, kRows, kPlaced>(panels);
-  }
-  if (layout.m == 8) {
-    if (layout.n == 1) return tile_kernel<Format, WindowFields<2, kEight>, kRows, kPlaced>(panels);
-    if (layout.n == 2) return tile_kernel<Format, WindowFields<4, kEight>, kRows, kPlaced>(panels);
-    if (layout.n == 4) return tile_kernel<Format, WindowFields<8, kEight>, kRows, kPlaced>(panels);
-  }
-  switch (layout.slots) {
-    case 1:
-      return tile_kernel<Format, WindowFields<1, 16>, kRows, kPlaced>(panels);
-    case 2:
-      return tile_kernel<Format, WindowFields<2, 16>, kRows, kPlaced>(panels);
-    case 4:
-      return tile_kernel<Format, WindowFields<4, 16>, kRows, kPlaced>(panels);
-    case 8:
-      return tile_kernel<Format, WindowFields<8, 16>, kRows, kPlaced>(panels);
-    default:
-      return {&AnyTile<Format, kRows, kPlaced>::run, 1};
-  }
+  const auto known = [panels]<class Slots>() -> LinearTileKernel {
+    constexpr int kShared = shared_panels<Format>(Slots::kSlots, kRows);
+    if (panels >= kShared) return {&Tile<Format, Slots, kRows, kShared, kPlaced>::run, kShared};
+    return {&Tile<Format, Slots, kRows, 1, kPlaced>::run, 1};
+  };
+  return by_pattern<Format>(layout, known, LinearTileKernel{&AnyTile<Format, kRows, kPlaced>::run, 1});
 }
 
 template <class Format>

@@ -2,8 +2,7 @@
 //
 // What    sums[panel][row] += value of the slot * x[row] at the lane's place, for all slots of all steps.
 // Layout  core/panel_layout.h; x is packed [steps, rows, inputs of a step]. With kPlaced, the rows of a step lie
-// wherever
-//         t.x_steps says.
+//         wherever t.x_steps says, t.x_row apart.
 // Launch  Tile<Format, Slots, kRows, kPanels>::run. A Format says how values, indices and x become vectors; Slots says
 //         which pattern. Per group of slots, values and indices wait in registers while all rows of x pass by; sums
 //         stay in registers for the whole call.
@@ -61,8 +60,8 @@ struct Tile {
       }
     }
 
-    Place at{static_cast<const uint8_t*>(t.values), t.values_panel, static_cast<const uint8_t*>(t.x), t.x_steps,
-             static_cast<const uint8_t*>(t.early)};
+    Place at{static_cast<const uint8_t*>(t.values),   t.values_panel, static_cast<const uint8_t*>(t.x),
+             kPlaced ? t.x_row : Format::kInputBytes, t.x_steps,      static_cast<const uint8_t*>(t.early)};
     const uint32_t* indices = t.indices;
     for (int64_t step = 0; step < t.steps; step += kSteps) {
       typename Format::Words words[kPanels][kWords];
@@ -97,6 +96,7 @@ struct Tile {
     const uint8_t* values;
     int64_t values_panel;
     const uint8_t* x;
+    int64_t x_row;
     const int32_t* x_steps;
     const uint8_t* early;  // values to be fetched
   };
@@ -124,9 +124,10 @@ struct Tile {
     }
     constexpr int kStep = kFirst / kSlots;
     const uint8_t* window = at.x + (kPlaced ? at.x_steps[kStep] : kStep * kRows * Format::kInputBytes);
+    const int64_t row = kPlaced ? at.x_row : Format::kInputBytes;
     NMS_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const typename Format::Input input = Format::input(window + r * Format::kInputBytes);
+      const typename Format::Input input = Format::input(window + r * row);
       if (kPrefetches) {
         NMS_UNROLL
         for (int line = r; line < kGroup * kPanels; line += kRows)
@@ -167,6 +168,7 @@ struct AnyTile {
     for (int r = 0; r < kRows; ++r) sums[r] = t.from_zero ? Format::zero() : Format::load_sums(t.sums, r);
     const uint8_t* values = static_cast<const uint8_t*>(t.values);
     const uint8_t* x = static_cast<const uint8_t*>(t.x);
+    const int64_t row = kPlaced ? t.x_row : Format::kInputBytes;
     const int slots = t.layout->slots;
     // Blocks begin at any step, and words need not end with one: t.indices is the word of the first slot, and
     // t.first_field that slot's place in it.
@@ -179,8 +181,7 @@ struct AnyTile {
         const typename Format::Value value = Format::value(values);
         NMS_UNROLL
         for (int r = 0; r < kRows; ++r)
-          sums[r] = Format::template multiply_add<Slots, 0>(value, index, Format::input(x + r * Format::kInputBytes),
-                                                            sums[r]);
+          sums[r] = Format::template multiply_add<Slots, 0>(value, index, Format::input(x + r * row), sums[r]);
         values += Format::kValueBytes;
         if (++field == kFields) {
           field = 0;

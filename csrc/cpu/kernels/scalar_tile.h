@@ -9,6 +9,7 @@ void scalar_tile(const LinearTile& t) {
   const Bits* values = static_cast<const Bits*>(t.values);
   const Input* x = static_cast<const Input*>(t.x);
   Sum* sums = static_cast<Sum*>(t.sums);
+  const int64_t x_row = kPlaced ? t.x_row / static_cast<int64_t>(sizeof(Input)) : layout.halves * kWindowInputs;
   if (t.from_zero) std::memset(sums, 0, sizeof(Sum) * kRows * kPanelRows);
   const uint32_t mask = (1u << layout.index_bits) - 1;
   for (int64_t step = 0; step < t.steps; ++step) {
@@ -22,7 +23,7 @@ void scalar_tile(const LinearTile& t) {
           const int place = layout.place_of(words[lane] >> shift & mask, slot);
           const Sum value = static_cast<Sum>(to_arithmetic<D>(values[lane * layout.halves + half]));
           for (int row = 0; row < kRows; ++row)
-            sums[row * kPanelRows + lane] += value * x[(row * layout.halves + half) * kWindowInputs + place];
+            sums[row * kPanelRows + lane] += value * x[row * x_row + half * kWindowInputs + place];
         }
       }
       values += layout.slot_values();

@@ -17,10 +17,13 @@
   NMS_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define NMS_TARGET_REGION_END _Pragma("clang attribute pop")
 #define NMS_UNROLL _Pragma("clang loop unroll(full)")
+#define NMS_VECTORIZE _Pragma("clang loop vectorize(enable)")
 #else
 #define NMS_TARGET_REGION(features) _Pragma("GCC push_options") NMS_PRAGMA(GCC target(features))
 #define NMS_TARGET_REGION_END _Pragma("GCC pop_options")
 #define NMS_UNROLL _Pragma("GCC unroll 32")
+// GCC unrolls short loops before it looks for vectors, and then finds none in what is left.
+#define NMS_VECTORIZE _Pragma("GCC unroll 1") _Pragma("GCC ivdep")
 #endif
 
 // Clang 18 to 20 want 512-bit registers asked for by name, other compilers do not know the name.
