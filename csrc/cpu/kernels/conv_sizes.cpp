@@ -96,8 +96,7 @@ void choose_conv_blocks(ConvProblem& p, int64_t threads) {
     p.block_panels = panels_for(p, planes(p) * ceil_div(shape.out[1], block_lines(p)), threads);
   } else {
     const int64_t sums = std::max<int64_t>(1, group_panels(p)) * kPanelRows * sum_size(p);
-    int64_t rows = kTileBytes / row_bytes(p, p.block_steps);
-    if (p.block_steps < p.layout.steps) rows = std::min(rows, kSumBytes / sums);
+    const int64_t rows = std::min(kTileBytes / row_bytes(p, p.block_steps), kSumBytes / sums);
     const int64_t fitting = std::max<int64_t>(1, rows / tile_rows) * tile_rows;
     const int64_t pixels = shape.pixels();
     const int64_t needed = ceil_div(pixels, fitting);
