@@ -1,7 +1,7 @@
 // The packed convolution of a block of panels with a block of pixels: the loops around the inner loop.
 //
 // What a panel has for a block of steps stays in the first cache while all tiles of the block pass by; then the next
-// panel has its turn.
+// panel has its turn. Only where all panels together are small do they pass by the tile instead.
 #include "conv.h"
 
 #include <algorithm>
@@ -57,6 +57,8 @@ class ConvBlock {
     const TileSplit split(p_, pixels_);
     if (p_.by_lines)
       run(split, PackedLines(*this, Lines(p_, split.total_rows(), lines_)));
+    else if (p_.tiles_first)
+      run_tiles_first(split, PackedTiles(*this));
     else
       run(split, PackedTiles(*this));
   }
@@ -98,6 +100,28 @@ class ConvBlock {
       }
       step = last;
     } while (step < layout_.steps);
+  }
+
+  template <class Packed>
+  void run_tiles_first(const TileSplit& split, Packed x) {
+    const int64_t steps = layout_.steps;
+    x.begin(0, steps);
+    if (p_.decoded.decode != nullptr)
+      for (int64_t panel = 0; panel < panels_; ++panel)
+        p_.decoded.decode(words_at(panel, 0), steps * layout_.slots, decoded_ + panel * decoded_panel(steps));
+    early_ = values_at(0, 0);
+    each_tile(split, [&](const Tile& tile) {
+      x.pack(tile);
+      const TileInputs inputs = x.inputs(tile);
+      next_x_ = x.after(tile);
+      int64_t at_once = 1;
+      for (int64_t panel = 0; panel < panels_; panel += at_once) {
+        at_once = p_.tile(layout_, split.rows(0), panels_ - panel).panels;
+        fetch_outputs(tile, panel, at_once);
+        multiply(tile, panel, at_once, 0, 0, steps, true, inputs);
+        store(tile, panel, at_once);
+      }
+    });
   }
 
   template <class Do>
@@ -299,6 +323,12 @@ class ConvBlock {
       return {b_.channels_ + (b_.first_pixel_ + tile.first) * row + step_ * step_bytes(b_.p_), row};
     }
 
+    // The rows that the next tile will read, if in place.
+    Memory after(const Tile& tile) const {
+      const TileInputs rows = inputs(tile);
+      return is_in_place(tile) ? Memory{rows.x + tile.rows * rows.row, tile.rows * rows.row} : Memory{nullptr, 0};
+    }
+
     template <class Do>
     void each_run(const Tile&, const Do& action) const {
       action(step_, last_, step_ == 0);
@@ -306,7 +336,9 @@ class ConvBlock {
 
    private:
     bool is_in_place(const Tile& tile) const { return b_.p_.in_place && tile.rows == tile.tile_rows; }
-    uint8_t* packed(const Tile& tile) const { return b_.x_ + (b_.p_.in_place ? 0 : tile.first_row * row_); }
+    uint8_t* packed(const Tile& tile) const {
+      return b_.x_ + (b_.p_.in_place || b_.p_.tiles_first ? 0 : tile.first_row * row_);
+    }
 
     // What the next tile will pack of its pixels: only where each is read once.
     void fetch_pixels(Pixel pixel, int count) const {
@@ -345,6 +377,7 @@ class ConvBlock {
     const int64_t next = more ? panel + count : 0, next_step = more ? step : last;
     early_ = next_step < layout_.steps ? values_at(next, next_step) : values_at(panel, step);
     if (p_.decoded.decode == nullptr) return;
+    first_decoded_ = panel;
     for (int64_t i = 0; i < count; ++i) {
       p_.decoded.decode(words_at(panel + i, step), (last - step) * layout_.slots,
                         decoded_ + i * decoded_panel(last - step));
@@ -389,8 +422,9 @@ class ConvBlock {
     t.indices_panel = layout_.panel_words();
     if (p_.decoded.decode != nullptr) {
       const int64_t step_words = p_.decoded.slot_bytes * layout_.slots / static_cast<int64_t>(sizeof(uint32_t));
-      t.indices = reinterpret_cast<const uint32_t*>(decoded_) + (from - step) * step_words;
       t.indices_panel = (std::min(step + p_.block_steps, layout_.steps) - step) * step_words;
+      t.indices = reinterpret_cast<const uint32_t*>(decoded_) + (panel - first_decoded_) * t.indices_panel +
+                  (from - step) * step_words;
     }
     t.sums = sums_of(tile, panel, at_once);
     p_.tile(layout_, tile.tile_rows, at_once).run(t);
@@ -438,6 +472,7 @@ class ConvBlock {
   int64_t pixels_;          // side by side: of each line, or of the block
   int64_t total_rows_ = 0;  // of all tiles
   const uint8_t* channels_;
+  int64_t first_decoded_ = 0;       // the panel whose indices come first
   const uint8_t* early_ = nullptr;  // the values to be used next
   Memory next_x_ = {nullptr, 0};    // not yet asked for
   uint8_t* x_;

@@ -67,6 +67,7 @@ struct ConvProblem {
   // From choose_conv_blocks:
   bool by_lines;
   bool in_place;         // rows of x are read where they lie
+  bool tiles_first;      // by tiles: all panels take a tile before the next one comes
   int64_t block_pixels;  // of a block: lines of one plane, or any
   int64_t block_panels;
   int64_t block_steps;  // after which the next panel has its turn

@@ -132,7 +132,7 @@ struct ConvMemory {
   explicit ConvMemory(const ConvProblem& p) {
     // By tiles, the last block has other pixels, and other tiles, than the first.
     int64_t pointers = kMaxTileRows, rows = p.block_pixels + kMaxTileRows;
-    int64_t x_bytes = (p.in_place ? kMaxTileRows : rows) * row_bytes(p, p.block_steps);
+    int64_t x_bytes = (p.in_place || p.tiles_first ? kMaxTileRows : rows) * row_bytes(p, p.block_steps);
     if (p.by_lines) {
       const TileSplit split(p, p.shape.out[kLastDim]);
       const Lines lines(p, split.total_rows(), block_lines(p));
@@ -141,7 +141,8 @@ struct ConvMemory {
       rows = split.total_rows() * block_lines(p);
     }
     indices = aligned(x_bytes);
-    sums = indices + aligned(kMaxPanelsAtOnce * p.block_steps * p.layout.slots * p.decoded.slot_bytes);
+    const int64_t decoded = p.tiles_first ? std::max(kMaxPanelsAtOnce, p.block_panels) : kMaxPanelsAtOnce;
+    sums = indices + aligned(decoded * p.block_steps * p.layout.slots * p.decoded.slot_bytes);
     steps = sums + aligned(rows * p.block_panels * kPanelRows * sum_size(p));
     rows_of_x = steps + aligned(p.layout.steps * static_cast<int64_t>(sizeof(int32_t)));
     end = rows_of_x + aligned(pointers * static_cast<int64_t>(sizeof(void*)));

@@ -14,6 +14,7 @@ constexpr int64_t kLineBytes = 640 << 10;  // packed lines of a block
 constexpr int64_t kSumBytes = 320 << 10;
 constexpr int64_t kPanelBytes = 72 << 10;  // values and indices of the panels that a kernel takes at once
 constexpr int64_t kTileBytes = 512 << 10;  // packed tiles of a block
+constexpr int64_t kFewBytes = 64 << 10;    // values and indices of all panels that a tile meets before the next one
 
 // Several blocks per thread, and the same number for each.
 int64_t even_blocks(int64_t blocks, int64_t threads) {
@@ -67,10 +68,15 @@ bool prefers_lines(const ConvProblem& p, const TileSplit& split, int64_t lines) 
   return by_lines < by_tiles;
 }
 
+// What a kernel reads of a panel in a step.
+int64_t panel_step_bytes(const ConvProblem& p) {
+  return p.layout.slots * (p.layout.slot_values() * p.element_size + p.decoded.slot_bytes);
+}
+
 // As many steps as there is room for, in blocks alike.
 int64_t steps_of_block(const ConvProblem& p, int64_t tile_rows) {
   const int64_t at_once = p.tile(p.layout, static_cast<int>(tile_rows), kMaxPanelsAtOnce).panels;
-  const int64_t step = at_once * p.layout.slots * (p.layout.slot_values() * p.element_size + p.decoded.slot_bytes);
+  const int64_t step = at_once * panel_step_bytes(p);
   const int64_t unroll = p.layout.unroll, most = std::max<int64_t>(1, kPanelBytes / step / unroll);
   const int64_t words = std::max<int64_t>(1, ceil_div(p.layout.steps, unroll));
   return ceil_div(words, ceil_div(words, most)) * unroll;
@@ -107,6 +113,9 @@ void choose_conv_blocks(ConvProblem& p, int64_t threads) {
     p.block_panels = panels_for(p, ceil_div(pixels, p.block_pixels), threads);
   }
   p.block_panels = std::max<int64_t>(1, p.block_panels);
+  // With few inputs, a tile read again for each panel, and its outputs written a part at a time, would cost more.
+  p.tiles_first = !p.by_lines && p.block_steps >= p.layout.steps &&
+                  p.block_panels * p.layout.steps * panel_step_bytes(p) <= kFewBytes;
 }
 
 int64_t conv_block_count(const ConvProblem& p) { return pixel_blocks(p) * p.groups * panel_blocks(p); }
