@@ -192,6 +192,8 @@ def _build_parts(weight: NMTensor) -> tuple[Tensor, Tensor]:
 def _why_no_stack(weight: NMTensor) -> str | None:
     if weight.group_dim == len(weight.batch):
         return "it multiplies stacks of matrices, but the groups run from one to the next"
+    if len(weight.rows) == 2 and weight.rows[0] == 0:
+        return "the stack is empty"
     return _why_not(weight, 2)
 
 

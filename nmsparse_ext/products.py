@@ -68,6 +68,8 @@ def along(input: Tensor, weight: NMTensor, bias: Tensor | None = None) -> Tensor
     """``input @ rows.mT + bias``: ``[..., in] -> [..., out]``, from the engine's form."""
     if len(weight.rows) == 1:
         return ENGINES[weight.engine].linear(input, weight, bias)
+    if weight.rows[0] == 0:  # no experts: no matrix to hand to an engine
+        return _with_bias(torch.matmul(input, unpack_rows(weight).mT), bias)
     return _with_bias(_each(along, input, weight), bias)
 
 

@@ -24,6 +24,13 @@ def stack(engine: str, shape: tuple[int, int, int], dim: int, keep: str = "both"
     return w, nms.compress(w, "2:4", dim=dim).with_engine(engine, keep=keep)  # type: ignore[arg-type]
 
 
+def test_no_experts() -> None:
+    weight = nms.compress(torch.zeros(0, 8, 16), "2:4", dim=2)
+    assert weight.to_dense().shape == (0, 8, 16)
+    assert torch.bmm(torch.zeros(0, 3, 16), weight.transpose(1, 2)).shape == (0, 3, 8)
+    assert torch.bmm(torch.zeros(0, 3, 8), weight).shape == (0, 3, 16)
+
+
 @pytest.mark.skipif(extension is None, reason="panels are for the compiled extension")
 def test_engine_of_stacks() -> None:
     w = nms.nm_prune(torch.randn(3, 16, 8), "2:4", dim=2)
