@@ -1,6 +1,6 @@
 """Loads the compiled part, if there is one, and reports what runs and why.
 
-Importing this module is what decides between compiled kernels and pure PyTorch; `_ops.py` reads `extension`.
+Importing this module decides between compiled kernels and pure PyTorch; `_op_library.py` reads `extension`.
 """
 
 from __future__ import annotations
