@@ -14,7 +14,8 @@ from .. import _ops  # noqa: F401  (registers torch.ops.nmsparse)
 aten, prims = torch.ops.aten, torch.ops.prims
 
 _CONV = torch.ops.nmsparse.panel_conv.default
-_PACKED = (torch.ops.nmsparse.panel_linear.default, _CONV)
+_LINEAR = torch.ops.nmsparse.panel_linear
+_PACKED = (_LINEAR.default, _LINEAR.without_gradients, _CONV)  # before torch 2.13 graphs have the second, too
 _RESIDUAL = 4  # which argument of panel_conv it is
 _MOVES = (aten.permute.default, aten.clone.default)
 _X = "x"
