@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from . import ops
 from ._checks import holds_data
@@ -329,7 +330,9 @@ class NMTensor(torch.Tensor):
         ]
         return repr(("NMTensor", schemas(), self.dense_shape(), context, inner))
 
-    def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., Tensor], tuple]:
+    def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., object], tuple]:
+        if is_fake(self):  # torch.compile of torch < 2.13 asks for the key of its caches in this way
+            return str, (self._stable_hash_for_caching(),)
         # Engine forms are derived, so they are not saved. Everything else is plain tensors and builtins, so
         # that torch.load(weights_only=True) needs to trust one name only, which checks what it is given.
         state = (

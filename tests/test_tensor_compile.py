@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from packed_samples import ENGINES, freeze, packed, packed_copy, pruned_net, sparse
 from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 import nmsparse_ext as nms
 from nmsparse_ext.tensor import NMTensor
@@ -42,6 +44,22 @@ def test_inductor() -> None:
     compiled = torch.compile(packed_copy(net), fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), net(x))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_caches_of_compiled_code_know_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches on disk outlive an upgrade of this package: code that calls ops of other schemas is not used."""
+    net, x = packed_copy(pruned_net()), torch.randn(2, 8, 6, 6)
+    hits = []
+    with fresh_cache(), torch.no_grad():
+        for schemas in ("of old", "of old", "of today"):
+            monkeypatch.setattr(nms.tensor, "schemas", lambda schemas=schemas: schemas)
+            torch._dynamo.reset()
+            counters.clear()
+            torch.compile(net)(x)
+            hits.append(counters["aot_autograd"]["autograd_cache_hit"])
+    assert hits == [0, 1, 0]
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
