@@ -51,6 +51,10 @@ def search(
     embeds_in_24: Annotated[
         bool, typer.Option("--embeds-in-24", help="Only patterns that run on sparse tensor cores.")
     ] = False,
+    permute: Annotated[
+        Path | None,
+        typer.Option(help="For allocate: reorder channels too; the reordered weights go to this file."),
+    ] = None,
     step: Annotated[
         str | None,
         typer.Option(help="pkg.mod:fn, fn(model) -> loss; for domino and taylor where no recipe has one."),
@@ -84,9 +88,17 @@ def search(
                 "constraints": Constraints(embeds_in_24=embeds_in_24),
                 "example_input": found.example_input,
             }
+            if permute is not None:
+                if method != "allocate" or found.example_input is None:
+                    raise ValueError("--permute needs --method allocate and a model with an example input")
+                arguments["permute"] = True
             scheme, text, record = _run(found, method, criterion, limits, batches, max_steps, arguments)
         except ModuleNotFoundError as error:
             raise ValueError(f"{error}; the search needs `pip install nmsparse_ext[search,train]`") from None
+        if permute is not None:
+            from nmsparse_ext import save_file
+
+            save_file(found.model, permute)
         if out is not None:
             scheme.save(out)
         if chart is not None:

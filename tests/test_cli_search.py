@@ -49,6 +49,22 @@ def number():
     return tmp_path
 
 
+def test_permute(here):
+    arguments = ("search", "own_models:with_input", "--budget", "params=0.4", "--m", 4, "--json")
+    code, out, err = run(*arguments, "--permute", "reordered.safetensors")
+    assert (code, err) == (0, "")
+    record = json.loads(out)
+    assert record["objective"] < json.loads(run(*arguments)[1])["objective"]
+    assert list(record["permutation"]["refused"]) == ["0.weight"]
+    import own_models
+
+    net, x = own_models.with_input()
+    torch.testing.assert_close(nms.load_into(own_models.net(), "reordered.safetensors")(x), net(x))
+    code, _, err = run("search", "own_models:net", "--budget", "params=0.4", "--permute", "x.safetensors")
+    assert code == 2
+    assert "--permute needs" in err
+
+
 def test_factory(here):
     code, out, err = run("search", "own_models:net", "--budget", "params=0.25", "-o", "scheme.json")
     assert (code, err) == (0, "")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -14,9 +15,10 @@ from ..pattern import Pattern
 from ..scheme import Scheme
 from .budget import Amount, Budget
 from .constraints import Candidate, Candidates, Constraints, find_candidates
-from .costs import Cost, Latency, amount
+from .costs import Cost, Costs, Latency, amount
 from .criteria import CRITERIA, Losses, magnitude_losses, output_losses, taylor_losses
 from .latency import priced
+from .permute import Permutation, permute_channels
 from .solve import Option, choose
 
 
@@ -35,7 +37,8 @@ class Allocation:
         dense: What the dense model costs.
         limits: The budget in absolute numbers.
         losses: ``{name: {candidate: loss}}`` of the searched weights.
-        seconds: Wall time of the parts: "costs", "criterion", "solver".
+        seconds: Wall time of the parts: "costs", "criterion", "solver", and "permutation" if there was one.
+        permutation: How channels were reordered, ``None`` if that was not asked for.
     """
 
     scheme: Scheme
@@ -47,6 +50,7 @@ class Allocation:
     limits: Mapping[str, float]
     losses: Mapping[str, Mapping[Pattern, float]]
     seconds: Mapping[str, float]
+    permutation: Permutation | None = None
 
     @property
     def gap(self) -> float:
@@ -66,6 +70,7 @@ class Allocation:
             "dense": self.dense.as_dict(),
             "limits": dict(self.limits),
             "seconds": dict(self.seconds),
+            "permutation": None if self.permutation is None else self.permutation.to_json(),
         }
 
     def __str__(self) -> str:
@@ -96,13 +101,15 @@ def allocate(
     calibration: Iterable[ExampleInput] | None = None,
     example_input: object = None,
     latency: Latency | None = None,
+    permute: bool = False,
     max_gap: float = 1e-6,
     max_seconds: float = 20.0,
 ) -> Allocation:
     """Chooses a pattern for every weight: least is lost by a criterion, and the budget holds.
 
     The losses of all candidates come from one sort of each group, and the choice from branch and bound with a
-    proof of how close to the optimum it is. No training is involved, and the model is not changed.
+    proof of how close to the optimum it is. No training is involved, and without ``permute`` the model is not
+    changed.
 
     Args:
         model: The model, dense and trained.
@@ -128,6 +135,10 @@ def allocate(
             arguments. A budget of MACs or latency needs it.
         latency: Seconds of a layer with a pattern, ``latency(name, pattern or None)``. By default a budget of
             latency has them measured; see `measure_latency`.
+        permute: Whether channels are reordered, as `permute_channels` does or refuses, so that the chosen
+            patterns keep more of the sum of squares; the scheme returned is then chosen anew for that order.
+            The model is changed in place, and computes what it did. Needs ``example_input``, and a
+            ``calibration`` or ``step`` that can be used twice.
         max_gap: Stop when the scheme is proven to lose no more than the best by this part.
         max_seconds: The longest that the solver may take; the scheme is then the best found, and its gap what
             was proven.
@@ -135,6 +146,7 @@ def allocate(
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument is not allowed, a weight is not finite, or the budget cannot be reached.
+        RuntimeError: If ``permute`` changed the model's output; the model is then as it was.
         ModuleNotFoundError: If SciPy is missing (``pip install nmsparse_ext[search]``).
 
     Example:
@@ -143,14 +155,63 @@ def allocate(
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    if permute and example_input is None:
+        raise ValueError("permute needs example_input: what the model is called with")
     budget = Budget.parse(budget)
-    begin = time.perf_counter()
-    found = find_candidates(model, m=m, candidates=candidates, skip=skip, constraints=constraints)
-    costs, limits = priced(model, found, budget, example_input, latency)
-    costed = time.perf_counter()
-    losses = _losses(model, found, criterion, step, steps, calibration)
-    relative = criterion == "output" if relative is None else relative
-    judged = time.perf_counter()
+    calibration = list(calibration) if calibration is not None else None
+    seconds = dict.fromkeys(("costs", "criterion", "solver"), 0.0)
+    with _timed(seconds, "costs"):
+        found = find_candidates(model, m=m, candidates=candidates, skip=skip, constraints=constraints)
+        costs, limits = priced(model, found, budget, example_input, latency)
+
+    def choice_now() -> tuple[dict[str, Losses], _Choice]:
+        with _timed(seconds, "criterion"):
+            losses = _losses(model, found, criterion, step, steps, calibration)
+        with _timed(seconds, "solver"):
+            by_part = criterion == "output" if relative is None else relative
+            return losses, _choose(found, losses, costs, limits, by_part, max_gap, max_seconds)
+
+    losses, best = choice_now()
+    permutation = None
+    if permute:
+        with _timed(seconds, "permutation"):
+            permutation = permute_channels(
+                model,
+                {name: pattern for name, pattern in best.chosen.items() if not pattern.is_dense},
+                cast(ExampleInput, example_input),
+            )
+        losses, best = choice_now()
+    return Allocation(
+        scheme=_complete_scheme(found, best.chosen, costs.unpacked),
+        objective=best.loss,
+        bound=best.bound,
+        kept=1 - best.loss / best.total if best.total else 1.0,
+        costs=costs.total(best.chosen),
+        dense=costs.dense,
+        limits=limits,
+        losses={name: loss.of for name, loss in losses.items()},
+        seconds=seconds,
+        permutation=permutation,
+    )
+
+
+class _Choice(NamedTuple):
+    chosen: dict[str, Pattern]
+    loss: float
+    bound: float
+    total: float  # of pruning everything altogether
+
+
+def _choose(
+    found: Candidates,
+    losses: Mapping[str, Losses],
+    costs: Costs,
+    limits: Mapping[str, float],
+    relative: bool,
+    max_gap: float,
+    max_seconds: float,
+) -> _Choice:
+    """The candidates that lose least within the limits."""
     weigh = {name: 1 / loss.total if relative and loss.total else 1.0 for name, loss in losses.items()}
     options = [
         [
@@ -167,27 +228,29 @@ def allocate(
     choice = choose(options, left, max_gap=max_gap, max_seconds=max_seconds)
     chosen = {name: patterns[j] for (name, patterns), j in zip(found.items(), choice.chosen, strict=True)}
     total = sum(loss.total * weigh[name] for name, loss in losses.items())
-    return Allocation(
-        scheme=as_complete_scheme(found, chosen, "dense is worth most here"),
-        objective=choice.loss,
-        bound=choice.bound,
-        kept=1 - choice.loss / total if total else 1.0,
-        costs=costs.total(chosen),
-        dense=costs.dense,
-        limits=limits,
-        losses={name: loss.of for name, loss in losses.items()},
-        seconds={
-            "costs": costed - begin,
-            "criterion": judged - costed,
-            "solver": time.perf_counter() - judged,
-        },
-    )
+    return _Choice(chosen, choice.loss, choice.bound, total)
 
 
-def as_complete_scheme(candidates: Candidates, chosen: Mapping[str, Pattern], reason: str) -> Scheme:
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Adds the wall time of what it encloses to ``seconds[part]``."""
+    begin = time.perf_counter()
+    yield
+    seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - begin
+
+
+def _complete_scheme(
+    candidates: Candidates, chosen: Mapping[str, Pattern], unpacked: Mapping[str, str]
+) -> Scheme:
     """A complete scheme of chosen patterns; the dense ones go with the weights that had no choice."""
     sparse = {name: pattern for name, pattern in chosen.items() if not pattern.is_dense}
-    dense = {name: reason for name in candidates if name not in sparse}
+    dense = {
+        name: f"no pattern makes it faster: {unpacked[name]}"
+        if name in unpacked
+        else "dense is worth most here"
+        for name in candidates
+        if name not in sparse
+    }
     return Scheme(sparse, dense={**candidates.dense, **dense}, complete=True)
 
 

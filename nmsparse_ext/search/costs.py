@@ -71,6 +71,8 @@ class Costs:
         names: The counted weights, in the order of the model.
         unknown_macs: Those whose module type nobody has said how to count for. They are left out of the sums
             of MACs.
+        unpacked: ``{name: reason}`` of weights that ``latency`` found unable to run packed, so that no
+            pattern makes them faster.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Costs:
         counts = None if example_input is None else count_macs(model, example_input)
         self._macs = None if counts is None else {name: counts[name] or 0 for name in self._weights}
         self._latency = latency
+        self.unpacked: Mapping[str, str] = getattr(latency, "unpacked", {})
         self.names = tuple(self._weights)
         self.unknown_macs = () if counts is None else tuple(n for n in self.names if counts[n] is None)
         self._known: dict[tuple[str, Pattern | None], Cost] = {}

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from .. import foreach
 from ..pattern import Pattern
-from ..train import Rule, Schedule, Step
+from ..train import Schedule, Step
+from ..train.rules import ListRule
 
 if TYPE_CHECKING:
     from ..train import SparseWeight
 
 
-class Pull(Rule):
+class Pull(ListRule):
     """Trains the kept weights, and at times pulls them towards zero.
 
     Pruned weights get no gradient: they stay as they are, and come back once kept ones have become smaller.
@@ -28,10 +29,6 @@ class Pull(Rule):
 
     def __init__(self) -> None:
         self.strengths: Mapping[str, float] = {}
-
-    def adjust_grad(self, weight: SparseWeight, grad: Tensor, step: Step) -> None:
-        """Masks the gradient, and adds the pull."""
-        self.adjust_grads([weight], [grad], [grad], [step])
 
     def adjust_grads(
         self,

@@ -48,10 +48,13 @@ class LatencyTable:
 
     Args:
         times: ``{name: {"dense": seconds, "2:4": seconds, ...}}``; of patterns as packed.
+        unpacked: ``{name: reason}`` of the weights that cannot run packed here; each of their patterns takes
+            as long as dense.
     """
 
-    def __init__(self, times: Mapping[str, Times]) -> None:
+    def __init__(self, times: Mapping[str, Times], unpacked: Mapping[str, str] | None = None) -> None:
         self.times = times
+        self.unpacked = dict(unpacked or {})
 
     def __call__(self, name: str, pattern: Pattern | None) -> float:
         """Seconds with the pattern; those of the dense layer if packed is not faster.
@@ -106,16 +109,21 @@ def measure_latency(
     device = next((weight.parameter.device.type for weight in listed.values()), "cpu")
     flush = flush_for(model, device)
     totals: dict[str, Times] = {name: {} for name in listed}
+    unpacked: dict[str, str] = {}
 
     def before_forward(caller: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for weight, module, attr in places[caller]:
             patterns = [pattern for pattern in candidates.get(weight.name, ()) if not pattern.is_dense]
             layer, count = _key(caller, module, attr, args, kwargs, cold=flush is not None)
             times = kept.find(layer, count, [_DENSE, *map(str, patterns)])
+            reason = why_not_packed(module, weight.parameter) if patterns else None
             if times is None:
-                packed = _packed(weight, module, patterns)
-                times = _timed(caller, module, attr, packed, args, kwargs, flush, patterns)
+                packed = _packed(weight, module, patterns) if reason is None else {}
+                times, refusal = _timed(caller, module, attr, packed, args, kwargs, flush, patterns)
+                reason = reason or refusal
                 kept.add(layer, count, times)
+            if reason is not None:
+                unpacked.setdefault(weight.name, reason)
             share = len(places[caller])
             total = totals[weight.name]
             for form in (_DENSE, *map(str, patterns)):
@@ -128,7 +136,7 @@ def measure_latency(
     for name, total in totals.items():
         if not total:
             total.update(dict.fromkeys([_DENSE, *map(str, candidates.get(name, ()))], 0.0))
-    return LatencyTable(totals)
+    return LatencyTable(totals, unpacked)
 
 
 def priced(
@@ -164,21 +172,22 @@ def _timed(
     kwargs: dict[str, Any],
     flush: Any,
     patterns: Iterable[Pattern],
-) -> Times:
+) -> tuple[Times, str | None]:
+    """The times, and why the module does not run with a packed weight, if that came out."""
+    refusal = None
     try:
         seconds = time_layer(caller, module, attr, packed, args, kwargs, flush=flush)
-    except NotImplementedError:  # the module does something with its weight that packed ones cannot
-        packed = {}
+    except NotImplementedError as error:  # it does something with its weight that packed ones cannot
+        packed, refusal = {}, str(error) or f"{type(caller).__name__} does not take packed weights"
         seconds = time_layer(caller, module, attr, packed, args, kwargs, flush=flush)
     dense = seconds[_DENSE].best_dense
     rest = {str(p): seconds[str(p)].packed if str(p) in packed else dense for p in patterns}
-    return {_DENSE: dense, **rest}
+    return {_DENSE: dense, **rest}, refusal
 
 
 def _packed(weight: Weight, module: nn.Module, patterns: Iterable[Pattern]) -> dict[str, nn.Parameter]:
-    """The weight in each pattern, as `convert` would pack it; none if the module cannot run packed ones."""
-    if weight.group_dim is None or why_not_packed(module, weight.parameter) is not None:
-        return {}
+    """The weight in each pattern, as `convert` would pack it."""
+    assert weight.group_dim is not None  # weights without one have no candidates
     packed = {}
     for pattern in patterns:
         tensor = compress(weight.parameter.detach(), pattern, dim=weight.group_dim, prune=True)

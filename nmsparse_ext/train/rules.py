@@ -139,11 +139,19 @@ class Rule:
         return f"{type(self).__name__}({fields})"
 
 
+class ListRule(Rule):
+    """A rule that has only `adjust_grads`: it does all weights of a device at once, in place where asked."""
+
+    def adjust_grad(self, weight: SparseWeight, grad: Tensor, step: Step) -> None:
+        """`adjust_grads` for one weight."""
+        self.adjust_grads([weight], [grad], [grad], [step])
+
+
 class Ste(Rule):
     """Plain straight-through estimation (STE): SR-STE with λ = 0."""
 
 
-class SrSte(Rule):
+class SrSte(ListRule):
     """SR-STE: STE plus a pull of the pruned weights towards zero, so that masks settle.
 
     The update of the dense weight W with mask E is ``W -= lr * (g + lambda_w * (1 - E) * W)``, g being the
@@ -181,10 +189,6 @@ class SrSte(Rule):
         """The decoupled penalty follows the learning rate."""
         if self.penalty == "decoupled" and "lr" not in group:
             raise ValueError('penalty="decoupled" needs a learning rate, but a parameter group has no "lr"')
-
-    def adjust_grad(self, weight: SparseWeight, grad: Tensor, step: Step) -> None:
-        """Adds ``lambda_w * (1 - E) * W``."""
-        self.adjust_grads([weight], [grad], [grad], [step])
 
     def adjust_grads(
         self,
@@ -234,7 +238,7 @@ class SrSte(Rule):
         return -self.lambda_w * float(lr), factor
 
 
-class Static(Rule):
+class Static(ListRule):
     """A fixed mask: chosen once, then only the kept weights are trained (as NVIDIA's ASP does).
 
     Gradients are masked too, so that pruned weights leave no trace in momenta or in norms over a whole
@@ -242,10 +246,6 @@ class Static(Rule):
     """
 
     renews = False
-
-    def adjust_grad(self, weight: SparseWeight, grad: Tensor, step: Step) -> None:
-        """Zeroes the gradient of pruned weights."""
-        self.adjust_grads([weight], [grad], [grad], [step])
 
     def adjust_grads(
         self,

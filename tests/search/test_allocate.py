@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -220,3 +221,32 @@ def test_prints_and_serialises():
     assert loaded["limits"] == {"params": 0.25 * result.dense.params}
     assert loaded["scheme"] == {name: str(pattern) for name, pattern in result.scheme.items()}
     assert set(loaded["seconds"]) == {"costs", "criterion", "solver"}
+
+
+def test_permutation_loses_less_and_keeps_the_outputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 16))
+    x, calibration = torch.randn(5, 16), [torch.randn(32, 16)]
+    for criterion in ("magnitude", "output"):
+        permuted = copy.deepcopy(model)
+        options = {"m": 4, "criterion": criterion, "calibration": iter(calibration)}
+        plain = nms.allocate(model, {"params": 0.4}, **options)
+        options["calibration"] = iter(calibration)  # used twice, so it has to be kept
+        result = nms.allocate(permuted, {"params": 0.4}, permute=True, example_input=x, **options)
+        torch.testing.assert_close(permuted(x), model(x))
+        assert not torch.equal(permuted[2].weight, model[2].weight)
+        assert plain.permutation is None
+        assert result.permutation is not None
+        assert set(result.permutation.refused) == {"0.weight"}  # the model's own inputs
+        if criterion == "magnitude":
+            assert result.objective < plain.objective
+        # What it says of the scheme is said of the order that the model has now.
+        again = nms.allocate(permuted, {"params": 0.4}, **options | {"calibration": calibration})
+        assert (again.scheme, again.objective) == (result.scheme, result.objective)
+        assert "permutation" in result.seconds
+        assert result.to_json()["permutation"]["spaces"]
+
+
+def test_permutation_needs_an_example():
+    with pytest.raises(ValueError, match="permute needs example_input"):
+        nms.allocate(mlp(), {"params": 0.4}, permute=True)

@@ -27,7 +27,7 @@ class Clock:
     def __call__(self, caller, module, attr, packed, args, kwargs, *, dtype=None, flush=None):
         self.calls.append((type(caller).__name__, list(packed)))
         if packed and isinstance(caller, self.refuses):
-            raise NotImplementedError
+            raise NotImplementedError("it will not")
         size = module._parameters[attr].numel() * args[0].numel() // args[0].shape[-1] * 1e-9
         times = {name: P.parse(name).density * 2 * size for name in packed}
         return {name: Seconds(size, 0.0, size, times.get(name, size)) for name in ("dense", *packed)}
@@ -166,9 +166,11 @@ def test_what_cannot_run_packed_counts_as_dense(clock):
     table = measure_latency(net[0], torch.randn(2, 16), find_candidates(net[0]), cache=False)
     assert table("weight", P(1, 16)) == table("weight", None) > 0
     assert clock.calls == [("Linear", ["8:16", "4:16", "2:16", "1:16"]), ("Linear", [])]
+    assert table.unpacked == {"weight": "it will not"}
     found = find_candidates(net[1], constraints=Constraints(include=["weight"]))
     table = measure_latency(net[1], torch.zeros(2, dtype=torch.long), found, cache=False)
     assert table("weight", P(1, 16)) == table("weight", None)
+    assert "embedding" in table.unpacked["weight"]
 
 
 def test_real_measurement():
