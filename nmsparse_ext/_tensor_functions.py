@@ -66,6 +66,17 @@ for _name in ("numpy", "__array__", "tolist", "__dlpack__"):
     FUNCTIONS[getattr(torch.Tensor, _name)] = _no_contents(_name)
 
 
+def _no_new_zeros(weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    # What FSDP2 calls to lay out a shard.
+    raise NotImplementedError(
+        "NMTensor does not support new_zeros: call it on .values or .indices. In fully_shard: packed weights "
+        "cannot be sharded; name them in its ignored_params, and every rank holds them whole"
+    )
+
+
+FUNCTIONS[torch.Tensor.new_zeros] = _no_new_zeros
+
+
 def _no_weight_norm(*args: Any, **kwargs: Any) -> Any:
     # No NotImplementedError: parametrizations take that for "needs no initial value", and go on.
     raise TypeError("NMTensor does not support weight_norm: its weights are frozen; use .to_dense()")

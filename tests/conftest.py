@@ -62,3 +62,10 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def compiled_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """Every engine but the reference, to be compared with it."""
     yield from use_engine(request.param, monkeypatch)
+
+
+@pytest.fixture(params=CPU_ISAS or ["reference"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every instruction set of this host in turn; the reference where nothing is compiled."""
+    for engine in use_engine(request.param, monkeypatch):
+        yield engine.name

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import CPU_ISAS, use_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import assert_same_bits
@@ -28,13 +27,6 @@ needs_extension = pytest.mark.skipif(extension is None, reason="the engine is fo
 PATTERNS = ("2:4", "1:4", "1:8", "2:8", "4:8", "1:16", "4:16", "1:2", "3:4", "2:3", "5:7", "3:10", "1:1")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CONVS = (F.conv1d, F.conv2d, F.conv3d)
-
-
-@pytest.fixture(params=CPU_ISAS or ["reference"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every instruction set of this host in turn; the reference where nothing is compiled."""
-    for engine in use_engine(request.param, monkeypatch):
-        yield engine.name
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32, limit: int = 3) -> Tensor:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Iterator
 from random import Random
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import CPU_ISAS, use_engine
 from properties import for_any, integers, seeds
 from samples import assert_same_bits
 from torch import Tensor, nn
@@ -45,16 +43,6 @@ PATTERNS = (
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 nan, inf = math.nan, math.inf
-
-
-@pytest.fixture(params=CPU_ISAS or ["pure PyTorch"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every instruction set of this host in turn; without the extension, what runs then."""
-    if not CPU_ISAS:
-        yield request.param
-    else:
-        for engine in use_engine(request.param, monkeypatch):
-            yield engine.name
 
 
 def random_int8(rows: int, k: int, seed: int = 0) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import CPU_ISAS, use_engine
+from panel_samples import DTYPES, EPSILON, PATTERNS, packed
 from samples import assert_same_bits
 from torch import Tensor, nn
 from torch.autograd import gradcheck
@@ -23,46 +22,7 @@ from nmsparse_ext.tensor import NMTensor
 
 pytestmark = pytest.mark.skipif(extension is None, reason="panels are for the compiled extension")
 
-# All kinds of loops: 2-bit and 4-bit fields, one to eight slots, groups of a half and of a whole window,
-# run-time numbers of slots, windows that are not full.
-PATTERNS = (
-    "1:2",
-    "2:4",
-    "1:4",
-    "1:8",
-    "2:8",
-    "4:8",
-    "1:16",
-    "2:16",
-    "4:16",
-    "8:16",
-    "3:4",
-    "1:3",
-    "1:1",
-    "2:3",
-    "5:7",
-    "3:10",
-    "16:16",
-)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BATCHES = (1, 2, 4, 5, 8, 9, 16, 17, 33)
-EPSILON = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
-
-
-@pytest.fixture(params=CPU_ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every instruction set of this host in turn."""
-    for engine in use_engine(request.param, monkeypatch):
-        yield engine.name
-
-
-def packed(pattern: str, rows: int, k: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Panels]:
-    """A pruned weight ``[rows, k]``, dense and in panels."""
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(rows, k, generator=generator).to(dtype)
-    p = Pattern.parse(pattern)
-    values, indices = reference.compress(w, p.n, p.m, 1, True)
-    return reference.decompress(values, indices, p.n, p.m, k, 1), panels.panel_pack(values, indices, p, k=k)
 
 
 def packed_from(w: Tensor) -> Panels:

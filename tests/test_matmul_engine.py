@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import CPU_ISAS, use_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from panel_samples import DTYPES, EPSILON, PATTERNS, packed
 from samples import assert_same_bits
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -21,40 +19,6 @@ from nmsparse_ext.panels import Panels
 from nmsparse_ext.pattern import Pattern
 
 pytestmark = pytest.mark.skipif(extension is None, reason="panels are for the compiled extension")
-
-# Slots that are compared with their group only, and those of all other patterns.
-PATTERNS = (
-    "1:2",
-    "2:4",
-    "1:4",
-    "1:8",
-    "2:8",
-    "4:8",
-    "1:16",
-    "2:16",
-    "4:16",
-    "8:16",
-    "3:4",
-    "1:3",
-    "5:7",
-    "16:16",
-)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EPSILON = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
-
-
-@pytest.fixture(params=CPU_ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every instruction set of this host in turn."""
-    for engine in use_engine(request.param, monkeypatch):
-        yield engine.name
-
-
-def packed(pattern: str, rows: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Panels]:
-    """A pruned weight ``[rows, k]``, dense and in panels."""
-    p = Pattern.parse(pattern)
-    values, indices = reference.compress(torch.randn(rows, k).to(dtype), p.n, p.m, 1, True)
-    return reference.decompress(values, indices, p.n, p.m, k, 1), panels.panel_pack(values, indices, p, k=k)
 
 
 def product(x: Tensor, pattern: str, rows: int, k: int, form: Panels) -> Tensor:
