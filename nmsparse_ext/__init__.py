@@ -9,15 +9,31 @@ Example:
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from .errors import FormatError
-from .int8 import int8_linear
-from .ops import find_violation, nm_mask, nm_prune, nm_prune_, sad, transposable_mask
-from .pattern import Pattern
-from .products import linear
-from .tensor import NMTensor, compress  # not lazy: torch.load must know NMTensor from the start
+
+def _is_command() -> bool:
+    """Whether this process is the `nmsparse` command, or `python -m nmsparse_ext`.
+
+    It answers --help and completes words without torch, which takes a second to import.
+    """
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # as long as Python has not found the module yet
+        return ["-m", __name__] in ([*pair] for pair in pairwise(sys.orig_argv))
+    return os.path.basename(program) == "nmsparse"
+
+
+if TYPE_CHECKING or not _is_command():
+    from .errors import FormatError
+    from .int8 import int8_linear
+    from .ops import find_violation, nm_mask, nm_prune, nm_prune_, sad, transposable_mask
+    from .pattern import Pattern
+    from .products import linear
+    from .tensor import NMTensor, compress  # not lazy: torch.load must know NMTensor from the start
 
 if TYPE_CHECKING:
     from ._build import build_info
@@ -64,18 +80,30 @@ __all__ = [
 # name -> the module that brings it, imported at first use: pruning does not wait for training and files.
 _LAZY = {
     "Budget": "search",
+    "FormatError": "errors",
+    "NMTensor": "tensor",
+    "Pattern": "pattern",
     "Scheme": "scheme",
     "Sparsifier": "train",
     "allocate": "search",
     "build_info": "_build",
+    "compress": "tensor",
     "convert": "deploy",
     "domino_search": "search",
+    "find_violation": "ops",
     "fold_batch_norm": "deploy",
+    "int8_linear": "int8",
+    "linear": "products",
     "load_file": "deploy",
     "load_into": "deploy",
+    "nm_mask": "ops",
+    "nm_prune": "ops",
+    "nm_prune_": "ops",
     "permute_channels": "search",
+    "sad": "ops",
     "save_file": "deploy",
     "summary": "deploy",
+    "transposable_mask": "ops",
 }
 
 

@@ -98,7 +98,12 @@ def register_module(module_type: type[nn.Module] | str, group_dims: Mapping[str,
             raise TypeError(f"group_dims must have parameter names as keys, got {glob!r}")
         if isinstance(group_dim, bool) or not (isinstance(group_dim, int) or callable(group_dim)):
             raise TypeError(f"group_dims[{glob!r}] must be an int or a function, got {group_dim!r}")
-    _RULES[module_type] = {glob: Rule(group_dim) for glob, group_dim in group_dims.items()}
+    register_rules(module_type, {glob: Rule(group_dim) for glob, group_dim in group_dims.items()})
+
+
+def register_rules(module_type: type[nn.Module] | str, rules: Mapping[str, Rule]) -> None:
+    """As `register_module`, for parameters of which some stay dense unless a scheme names them."""
+    _RULES[module_type] = dict(rules)
 
 
 def find_rule(module: nn.Module, attr: str) -> Rule | None:
@@ -142,7 +147,7 @@ register_module(nn.MultiheadAttention, {"in_proj_weight": 1, "[qkv]_proj_weight"
 register_module(nn.RNNBase, {"weight_[ih][hr]_l*": 1})  # RNN, LSTM, GRU; ih, hh, hr; layers and _reverse
 register_module(nn.RNNCellBase, {"weight_[ih]h": 1})
 for _embedding in (nn.Embedding, nn.EmbeddingBag):
-    _RULES[_embedding] = {"weight": Rule(1, dense_because="embeddings stay dense unless named")}
+    register_rules(_embedding, {"weight": Rule(1, dense_because="embeddings stay dense unless named")})
 
 register_module("transformers.pytorch_utils.Conv1D", {"weight": 0})  # [in, out]
 

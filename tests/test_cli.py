@@ -76,7 +76,7 @@ def test_verify_along_another_dim(dense_file):
 
 
 def test_verify_sizes_that_are_no_multiple(dense_file):
-    assert "6 along dim 1, no multiple of 4" in run("verify", dense_file, "2:4")[1]
+    assert "group dim 1 has 6 weights, not a multiple of m = 4" in run("verify", dense_file, "2:4")[1]
     code, out, _ = run("verify", dense_file, "2:4", "--only", "odd", "--pad")
     assert code == 1
     assert "the group at [0, 0] along dim 1 has 4 nonzeros" in out
@@ -129,10 +129,12 @@ def test_inspect_dense(dense_file):
         "dtype": "float32",
         "bytes": 128,
         "dense_bytes": 128,
-        "pattern": None,
+        "packed": False,
+        "pattern": "2:4",
         "encoding": None,
-        "group_dim": None,
+        "group_dim": 1,
         "nonzero": 0.5,
+        "tied_to": None,
     }
     assert rows["bias"]["nonzero"] is None
     assert report["bytes"] == report["dense_bytes"] == 128 + 128 + 96 + 16

@@ -70,7 +70,7 @@ def load_searched(name: str, arguments: Sequence[str], *, step: str | None = Non
     elif Path(name).is_dir():
         found = _transformers(Path(name))
     elif ":" in name:
-        made = _imported(name)()
+        made = imported(name)()
         model, example = made if isinstance(made, tuple) else (made, None)
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name} must return an nn.Module, got {type(model).__name__}")
@@ -80,7 +80,7 @@ def load_searched(name: str, arguments: Sequence[str], *, step: str | None = Non
             f"{name!r} is no recipe ({', '.join(RECIPES)}), no folder, and no factory like pkg.mod:function"
         )
     if step is not None:
-        found.step = _imported(step)
+        found.step = imported(step)
     return found
 
 
@@ -134,7 +134,13 @@ def _transformers(folder: Path) -> Searched:
     return Searched(model, example)
 
 
-def _imported(name: str) -> Callable[..., Any]:
+def imported(name: str) -> Callable[..., Any]:
+    """The function that ``pkg.mod:function`` names; modules in the current folder are found, too.
+
+    Raises:
+        ValueError: If it does not look like that, or the module has no such function.
+        ModuleNotFoundError: If there is no such module.
+    """
     module, _, attribute = name.partition(":")
     if not (module and attribute):
         raise ValueError(f"{name!r} must look like package.module:function")

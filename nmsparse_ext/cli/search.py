@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nmsparse_ext._cli import JsonOption, usage_errors
+from nmsparse_ext.cli.options import JsonOption, usage_errors
+from nmsparse_ext.cli.sources import load_model
 
 if TYPE_CHECKING:
     from nmsparse_ext import Budget, Scheme
@@ -72,11 +73,9 @@ def search(
     """
     with usage_errors():
         try:
-            from nmsparse_ext.recipes.searched import load_searched
-
             if method not in METHODS:
                 raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
-            found = load_searched(model, context.args, step=step)
+            found = load_model(model, context.args, step=step)
             from nmsparse_ext import Budget
             from nmsparse_ext.search import Constraints
 
