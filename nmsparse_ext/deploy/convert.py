@@ -64,7 +64,10 @@ def convert(
             of keyword arguments.
         policy: ``"auto"`` packs where that is measured to be faster, ``"always"`` wherever the pattern holds.
         against: ``"best"`` packs what is faster than the fastest dense product. ``"eager"`` packs what is
-            faster than the layer in eager mode, for models that will not be compiled.
+            faster than the layer in eager mode, for models that will not be compiled. ``"compiled"`` is
+            ``"best"`` for the layers, but then times the whole model compiled: dense with freezing, and
+            packed with `inductor_options`. Each version is compiled, which takes its time, and is a copy of
+            the model.
         engine: Name of the engine to run packed weights with; ``None`` chooses the best for each. Weights
             that it cannot run get the best one that can, and the report says why.
         keep: ``"both"`` holds the packed form and what the engine multiplies with. ``"engine"`` holds only
@@ -117,7 +120,7 @@ def convert(
             plan.choose("packed", "not timed: no example_input")
     else:
         cold = race(model, candidates, example_input, dtype, against)
-        whole = undo_slower(model, candidates, example_input, dtype)
+        whole = undo_slower(model, candidates, example_input, dtype, compiled=against == "compiled")
     for plan in candidates:
         if plan.choice == "packed":
             for module, attr in plan.weight.places:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 ExampleInput = Tensor | tuple | Mapping[str, Any]
 
+#: Calls a model on the example input.
+ModelCall = Callable[[nn.Module], object]
+
 #: ``(module, args, kwargs)`` before its forward.
 Before = Callable[[nn.Module, tuple, dict[str, Any]], None]
 
@@ -42,19 +45,24 @@ def run_example(
 
 @contextlib.contextmanager
 def example_call(
-    model: nn.Module, example_input: ExampleInput, dtype: torch.dtype | None
-) -> Iterator[Callable[[], object]]:
-    """What calls the model on an example input again and again, in eval mode and without gradients.
+    model: nn.Module, example_input: ExampleInput, dtype: torch.dtype | None, *, compiled: bool = False
+) -> Iterator[ModelCall]:
+    """What calls the model, or a copy, on an example input again and again, in eval mode, without gradients.
 
     Args:
         model: The model.
         example_input: A tensor, a tuple of arguments or a mapping of keyword arguments.
         dtype: Dtype of autocast, or ``None``.
+        compiled: Whether compiled code may run.
     """
     args, kwargs = _arguments(example_input)
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    with _evaluating(model), contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype):
-        yield lambda: model(*args, **kwargs)
+    stance = "default" if compiled else "force_eager"
+    with (
+        _evaluating(model, stance),
+        contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype),
+    ):
+        yield lambda callee: callee(*args, **kwargs)
 
 
 def caller_of(model: nn.Module, module: nn.Module) -> nn.Module:
@@ -91,12 +99,12 @@ def _arguments(example_input: ExampleInput) -> tuple[tuple, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module, stance: str = "force_eager") -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
         # Compiled code would not run the hooks of the modules in it.
-        with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance(stance):
             yield
     finally:
         for module, flag in training.items():

@@ -16,7 +16,7 @@ from .plan import Plan, Seconds
 from .prepacked import prepacked_calls
 
 #: What a packed layer has to beat: see `convert`.
-RIVALS = ("best", "eager")
+RIVALS = ("best", "eager", "compiled")
 
 #: Packed must be this much faster before "auto" chooses it: less than this is the noise of a measurement.
 MIN_GAIN = 1.03

@@ -48,15 +48,18 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class WholeModel:
-    """Median times of the whole model on the example input, in eager mode.
+    """Median times of the whole model on the example input.
 
     Attributes:
         dense_ms: With dense weights.
         packed_ms: As it was converted; never the larger one, because what made it slower was undone.
+        compiled: Whether both were compiled, with dense weights as constants of the graph; else they ran in
+            eager mode.
     """
 
     dense_ms: float
     packed_ms: float
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,9 @@ class Report(Sequence[LayerReport]):
         if self.cold:
             total += "; layers timed with weights from memory"
         if self.whole is not None:
-            total += f"; the model takes {self.whole.packed_ms:.3f} ms, dense {self.whole.dense_ms:.3f} ms"
+            compiled = "compiled " if self.whole.compiled else ""
+            total += f"; the {compiled}model takes {self.whole.packed_ms:.3f} ms, "
+            total += f"dense {self.whole.dense_ms:.3f} ms"
         return f"{table(head, body, words=(0, 1, 8, 9))}\n{total}"
 
 

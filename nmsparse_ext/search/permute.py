@@ -153,7 +153,7 @@ def _matrix(weight: ResolvedWeight) -> Scored:
 
 def _outputs(model: nn.Module, example_input: ExampleInput) -> list[Tensor]:
     with example_call(model, example_input, None) as call:
-        leaves = tree_leaves(call())
+        leaves = tree_leaves(call(model))
     return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
 
 

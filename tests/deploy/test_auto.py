@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import nmsparse_ext as nms
 from nmsparse_ext.deploy import measure, race, report, whole
@@ -185,6 +186,23 @@ def test_all_is_undone_if_need_be(times: Times) -> None:
     assert packed_names(model) == []
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert report(model).whole == WholeModel(2.0, 2.0)
+
+
+@pytest.mark.slow
+def test_compiled_models_are_compared_compiled(times: Times) -> None:
+    times.layers = fast(2.0, 4.0)
+    times.models = [{"dense": 0.002, "packed": 0.003}, {"dense": 0.002, "packed": 0.001}]
+    model = layers(8, 12, 16)
+    x = torch.randn(2, 8)
+    expected = model(x)
+    torch._dynamo.reset()
+    counters.clear()
+    nms.convert(model, example_input=x, against="compiled")
+    assert counters["stats"]["unique_graphs"] == 3  # dense, two packed, one packed
+    assert packed_names(model) == ["1.weight"]
+    assert report(model).whole == WholeModel(2.0, 1.0, compiled=True)
+    assert "the compiled model takes 1.000 ms, dense 2.000 ms" in str(report(model))
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_a_failing_model_keeps_its_weights(times: Times, monkeypatch: pytest.MonkeyPatch) -> None:
