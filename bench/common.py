@@ -32,6 +32,7 @@ from torch import Tensor
 import nmsparse_ext as nms
 from nmsparse_ext import _build
 from nmsparse_ext._machine import machine as machine
+from nmsparse_ext.recipes.timing import threads as threads
 
 COLD_BYTES = 256 << 20
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -119,17 +120,6 @@ class Rotation:
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run the block with ``count`` PyTorch threads, then put the old number back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
