@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -129,7 +129,8 @@ def load_model(argument: str, flags: Sequence[str] = (), *, step: str | None = N
     if kind in (Kind.TRANSFORMERS, Kind.FACTORY, Kind.RECIPE):
         from nmsparse_ext.recipes.searched import load_searched
 
-        with _quiet_transformers():
+        quiet = _quiet_transformers() if kind is Kind.TRANSFORMERS else nullcontext()
+        with quiet:
             return load_searched(argument, flags, step=step)
     if flags:
         raise ValueError(f"{' '.join(flags)}: only recipes take further flags")
@@ -193,16 +194,14 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Its progress bars while loading would stand among ours, and in logs."""
-    if sys.stderr.isatty():
-        yield
-        return
-    before = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    """Its progress bars, too, are for terminals only."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if shown:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["HF_HUB_DISABLE_PROGRESS_BARS"]
-        else:
-            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = before
+        if shown:
+            logging.enable_progress_bar()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +15,8 @@ from nmsparse_ext.cli.options import (
     usage_errors,
 )
 from nmsparse_ext.cli.output import emit, emit_table, progress, show
-from nmsparse_ext.cli.sources import chosen, load_model
+from nmsparse_ext.cli.patterns import choice, read_pattern
+from nmsparse_ext.cli.sources import load_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,28 +82,11 @@ def verify(
 def _patterns(text: str, model: nn.Module) -> Pattern | dict[str, Pattern]:
     """One pattern for all, or those of a scheme file by parameter name."""
     import nmsparse_ext as nms
-    from nmsparse_ext._naming import unknown_name
-    from nmsparse_ext.weights import weights
 
-    if not Path(text).is_file():
-        try:
-            return nms.Pattern.parse(text)
-        except ValueError as error:
-            if ":" in text:
-                raise
-            raise ValueError(f"{error}; and there is no scheme file of that name") from None
-    scheme = nms.Scheme.load(text, None if text.endswith(".json") else model)
-    named, unknown = {}, []
-    by_name = {name: weight for weight in weights(model) for name in weight.names}
-    for key, pattern in scheme.items():
-        weight = by_name.get(key) or by_name.get(f"{key}.weight")
-        if weight is None:
-            unknown.append(unknown_name(key, model))
-        elif not pattern.is_dense:
-            named[weight.name] = pattern
-    if unknown:
-        raise ValueError(f"{text} does not match the model:\n  " + "\n  ".join(unknown))
-    return named
+    found = read_pattern(text, model)
+    if isinstance(found, nms.Pattern):
+        return found
+    return {name: weight.pattern for name, weight in found.resolve(model, strict=False).items()}
 
 
 def _verify_all(
@@ -116,11 +99,11 @@ def _verify_all(
 ) -> list[dict[str, Any]]:
     from nmsparse_ext.weights import weights
 
+    chosen = choice(model, layers, skip)
     listed = [
         weight
         for weight in weights(model)
-        if any(chosen(name, layers, skip) for name in weight.names)
-        and (not isinstance(patterns, dict) or weight.name in patterns)
+        if chosen(weight) and (not isinstance(patterns, dict) or weight.name in patterns)
     ]
     rows = []
     with progress("checking", len(listed)) as step:
@@ -129,13 +112,13 @@ def _verify_all(
             # Dense by default is an embedding: checked if it is asked for by name.
             named = isinstance(patterns, dict) or weight.name in (layers or ())
             because = None if named or dim is not None else weight.dense_because
-            found = {"holds": None, "why": because} if because else _verify_one(weight, pattern, dim, pad)
+            found = {"holds": None, "why": because} if because else verify_one(weight, pattern, dim, pad)
             rows.append({"name": weight.name, "pattern": str(pattern), **found})
             step(text=weight.name)
     return rows
 
 
-def _verify_one(weight: Weight, pattern: Pattern, dim: int | None, pad: bool) -> dict[str, Any]:
+def verify_one(weight: Weight, pattern: Pattern, dim: int | None = None, pad: bool = False) -> dict[str, Any]:
     """Whether one weight holds the pattern (None: it cannot be checked), and why."""
     import nmsparse_ext as nms
 

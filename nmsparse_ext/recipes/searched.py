@@ -70,7 +70,11 @@ def load_searched(name: str, arguments: Sequence[str], *, step: str | None = Non
     elif Path(name).is_dir():
         found = _transformers(Path(name))
     elif ":" in name:
-        made = imported(name)()
+        factory = imported(name)
+        try:
+            made = factory()
+        except Exception as error:
+            raise ValueError(f"{name} failed: {type(error).__name__}: {error}") from error
         model, example = made if isinstance(made, tuple) else (made, None)
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name} must return an nn.Module, got {type(model).__name__}")
@@ -146,7 +150,12 @@ def imported(name: str) -> Callable[..., Any]:
         raise ValueError(f"{name!r} must look like package.module:function")
     if "" not in sys.path:
         sys.path.insert(0, "")  # modules that lie where the command is given
-    found: Any = import_module(module)
+    try:
+        found: Any = import_module(module)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # somebody's code: whatever it raises
+        raise ValueError(f"{module} cannot be imported: {type(error).__name__}: {error}") from error
     for part in attribute.split("."):
         found = getattr(found, part, None)
     if not callable(found):
