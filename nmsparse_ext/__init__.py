@@ -15,6 +15,8 @@ from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from ._import_hook import import_after
+
 
 def _is_command() -> bool:
     """Whether this process is the `nmsparse` command, or `python -m nmsparse_ext`.
@@ -108,7 +110,7 @@ _LAZY = {
 
 
 # Rooms with more than what stands here, such as `nms.train.Rule` or `nms.optim.SGD`.
-_ROOMS = ("deploy", "optim", "search", "train")
+_ROOMS = ("deploy", "integrations", "optim", "search", "train")
 
 
 def __getattr__(name: str) -> Any:
@@ -119,6 +121,10 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     globals()[name] = value
     return value
+
+
+# transformers' models are saved and loaded packed. Not imported here: it takes seconds.
+import_after("transformers.quantizers.auto", f"{__name__}.integrations.transformers")
 
 
 def __dir__() -> list[str]:

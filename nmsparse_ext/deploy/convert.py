@@ -17,10 +17,11 @@ from ..weights import Weight, weights
 from .detect import detect_pattern, has_nonzero
 from .example import ExampleInput
 from .fuse import fuse_activations
+from .listeners import announce_packed
 from .plan import Plan, Target
 from .race import RIVALS, race
 from .report import Report, attach
-from .support import dtensor_type, engine_for, why_not_packed
+from .support import dtensor_type, why_not_packed, with_engine_for
 from .whole import undo_slower
 
 POLICIES = ("auto", "always")
@@ -131,6 +132,7 @@ def convert(
         plan.reason += "".join(f"; applies {activation}" for activation in activations)
     attach(getattr(model, "_orig_mod", model), Report(tuple(plan.row() for plan in plans), cold, whole))
     ignore_in_ddp(model)
+    announce_packed(model)
     return model
 
 
@@ -209,12 +211,7 @@ def _packed(weight: Weight, pattern: Pattern, target: Target) -> nn.Parameter:
         packed = compress(weight.parameter.detach(), pattern, dim=weight.group_dim)
         if target.dtype is not None:
             packed = cast(NMTensor, packed.to(target.dtype))
-        chosen = engine_for(weight.module, packed)
-        if target.engine is not None and find_engine(target.engine).why_not(packed) is None:
-            chosen = find_engine(target.engine)
-        alone: Keep = target.keep if chosen.restore is not None else "both"
-        if (chosen.name, alone) != (packed.engine, packed.keep):
-            packed = packed.with_engine(chosen.name, keep=alone)
+        packed = with_engine_for(weight.module, packed, target.engine, target.keep)
     except ValueError as error:
         raise ValueError(f"{weight.name}: {error}") from None
     return nn.Parameter(packed, requires_grad=False)

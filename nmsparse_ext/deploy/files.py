@@ -25,6 +25,7 @@ from ..tensor import KEEPS, Keep, NMTensor, compress, inner_tensors
 from ..weights import canonical_name, prunable_weights
 from .detect import detect_pattern
 from .format import INDICES, VALUES, Contents, PackedEntry, parse_metadata
+from .listeners import announce_packed
 from .support import engine_for, why_not_packed
 
 StrPath = str | os.PathLike[str]
@@ -155,6 +156,7 @@ def load_into(model: nn.Module, path: StrPath, *, keep: Keep | None = None) -> n
                 new = new.to_dense()
             done[key] = _filled(slot, new, keep)
         slot.put(done[key])
+    announce_packed(model)
     return model
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..conv_panels import why_unaligned
-from ..engines import ENGINES, Engine, best_engine
-from ..tensor import NMTensor
+from ..engines import ENGINES, Engine, best_engine, find_engine
+from ..tensor import Keep, NMTensor
 
 
 def why_not_packed(module: nn.Module, weight: Tensor) -> str | None:
@@ -46,6 +46,24 @@ def engine_for(module: nn.Module, weight: NMTensor) -> Engine:
         return best_engine(weight)
     stacks = [engine for engine in ENGINES.values() if engine.matrix_engine or not engine.forms]
     return next(engine for engine in stacks if engine.why_not(weight) is None)
+
+
+def with_engine_for(module: nn.Module, weight: NMTensor, engine: str | None, keep: Keep) -> NMTensor:
+    """The weight as ``module`` runs it best: by the engine that was asked for, or else the best that can.
+
+    Args:
+        module: What multiplies with it.
+        weight: The weight; returned as it is if nothing changes.
+        engine: Name of the engine that was asked for; ``None`` means the best, as where that cannot run it.
+        keep: As of `NMTensor.with_engine`; ``"both"`` where the engine's form cannot be kept alone.
+    """
+    chosen = engine_for(module, weight)
+    if engine is not None and find_engine(engine).why_not(weight) is None:
+        chosen = find_engine(engine)
+    alone: Keep = keep if chosen.restore is not None else "both"
+    if (chosen.name, alone) == (weight.engine, weight.keep):
+        return weight
+    return weight.with_engine(chosen.name, keep=alone)
 
 
 def _is_conv(module: nn.Module) -> TypeGuard[nn.modules.conv._ConvNd]:
