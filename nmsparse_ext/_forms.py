@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .tensor import NMTensor
+    from .tensor import Keep, NMTensor
 
 
 class SharedForms:
@@ -51,7 +51,7 @@ class SharedForms:
         self.forms = forms
         self.read_only = read_only
         self._lock = threading.RLock()
-        self._casts: dict[torch.dtype, tuple[Tensor, ...]] = {}
+        self._casts: dict[torch.dtype, NMTensor] = {}
         self._versions = self._current()
 
     def _current(self) -> tuple[int, int] | None:
@@ -82,8 +82,12 @@ class SharedForms:
         with self._lock, torch.no_grad():
             versions = self._current()
             plain = NMTensor(self.values, self.indices, *self.weight_parts, "decompress", (), self.batch_dims)
-            for form, built in zip(self.forms, ENGINES[self.engine].build(plain), strict=True):
-                form.copy_(built)
+            engine = ENGINES[self.engine]
+            if engine.refill is not None:
+                engine.refill(plain, self.forms)
+            else:
+                for form, built in zip(self.forms, engine.build(plain), strict=True):
+                    form.copy_(built)
             self._casts.clear()
             self._versions = versions
 
@@ -95,18 +99,23 @@ class SharedForms:
 
     def cast(self, weight: NMTensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The forms of ``weight``, this weight or a view of it, in another dtype; made once for all views."""
-        self.refresh()
-        with self._lock:
-            casts = self._casts.get(dtype)
-            if casts is None:
-                casts = self._casts[dtype] = self._build_cast(dtype)
+        casts = self.cast_weight(dtype).forms()
         mine = weight.forms()
         return tuple(
             cast if form is whole else _same_piece(form, len(weight.rows), whole, self.rows, cast)
             for form, whole, cast in zip(mine, self.forms, casts, strict=True)
         )
 
-    def _build_cast(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def cast_weight(self, dtype: torch.dtype) -> NMTensor:
+        """The whole weight in another dtype, by the same engine; made once for all views."""
+        self.refresh()
+        with self._lock:
+            cast = self._casts.get(dtype)
+            if cast is None:
+                cast = self._casts[dtype] = self._build_cast(dtype)
+        return cast
+
+    def _build_cast(self, dtype: torch.dtype) -> NMTensor:
         from .engines import ENGINES, portable
         from .tensor import NMTensor
 
@@ -116,8 +125,9 @@ class SharedForms:
                 self.values, self.indices, *parts, self.engine, self.forms, self.batch_dims, shared=self
             )
             values, indices = portable(whole)
-            lower = NMTensor(values.to(dtype), indices, *parts, "decompress", (), self.batch_dims)
-            return tuple(ENGINES[self.engine].build(lower))
+            engine = ENGINES[self.engine]
+            keep: Keep = "both" if engine.restore is None else "engine"
+            return whole._rebuild(values.to(dtype), indices, engine, keep)
 
 
 def _same_piece(piece: Tensor, piece_rows: int, whole: Tensor, whole_rows: int, cast: Tensor) -> Tensor:

@@ -48,6 +48,12 @@ def hardware_pattern(dtype: torch.dtype) -> Pattern:
     return Pattern(1, 2) if dtype == torch.float32 else Pattern(2, 4)
 
 
+def embeds(pattern: Pattern, dtype: torch.dtype) -> bool:
+    """Whether weights of ``pattern`` always have the pattern that sparse tensor cores run."""
+    wanted = hardware_pattern(dtype)
+    return pattern.n <= wanted.n and pattern.m % wanted.m == 0
+
+
 def bias_dtype(dtype: torch.dtype, out_dtype: torch.dtype) -> torch.dtype:
     """The dtype that a bias must have."""
     if dtype == torch.int8:

@@ -10,14 +10,11 @@ from torch import Tensor
 from . import _lt_layout as lt
 from ._build import extension
 from ._checks import ceil_div
+from ._cuda_timing import alternate, medians
 from ._lt_search import Choice
 
 if TYPE_CHECKING:
     from .cusparselt import LtWeight
-
-_WARM_UP = 3
-_ROUNDS = 7
-_CALLS = 5  # between two events: one call is too short for their clock
 
 
 class CudaRunner:
@@ -67,15 +64,5 @@ class CudaRunner:
 
     def microseconds(self, choice: Choice) -> float:
         """The median of several rounds."""
-        for _ in range(_WARM_UP):
-            self.run(choice, 0)
-        times = []
-        for _ in range(_ROUNDS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(_CALLS):
-                self.run(choice, 0)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1000 / _CALLS)
-        return sorted(times)[len(times) // 2]
+        times = alternate({"": lambda i: self.run(choice, 0)})
+        return medians(times)[""]

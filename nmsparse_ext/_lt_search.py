@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
-import threading
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ._atomic import atomic_write
+from ._tuned_file import Kind, TunedFile, cache_path
 
 FILE_VERSION = 1
 #: A candidate must be this much faster than algorithm 0 to be chosen instead: less is noise.
@@ -202,91 +199,15 @@ def problem_text(
 
 def default_path() -> Path:
     """``$NMSPARSE_CUSPARSELT_ALGORITHMS``, or ``nmsparse_ext/cusparselt.json`` in the user's cache folder."""
-    chosen = os.environ.get("NMSPARSE_CUSPARSELT_ALGORITHMS", "").strip()
-    if chosen:
-        return Path(chosen)
-    cache = os.environ.get("XDG_CACHE_HOME", "").strip() or Path.home() / ".cache"
-    return Path(cache) / "nmsparse_ext" / "cusparselt.json"
+    return cache_path("NMSPARSE_CUSPARSELT_ALGORITHMS", "cusparselt.json")
 
 
-class Algorithms:
-    """What searches have found: a JSON file, read once. Any thread may look up and add.
-
-    The file is ``{"version": 1, "algorithms": {gpu: {library: {problem: result}}}}``. A file that cannot be
-    read is left alone with a warning; one of another version counts as empty and is written anew.
-    """
+class Algorithms(TunedFile[Key, Found]):
+    """What searches have found: ``{"version": 1, "algorithms": {gpu: {library: {problem: result}}}}``."""
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.path = Path(path) if path is not None else default_path()
-        self._lock = threading.Lock()
-        self._found: dict[Key, Found] | None = None
-        self._writable = True
-
-    def get(self, key: Key) -> Found | None:
-        """What was found, or None."""
-        found = self._found  # once read it is there to stay; no lock in the way of every product
-        if found is None:
-            with self._lock:
-                found = self._load()
-        return found.get(key)
-
-    def add(self, key: Key, found: Found) -> None:
-        """Remembers a result, in the file too, together with what others have written there meanwhile."""
-        with self._lock:
-            self._load()[key] = found
-            if not self._writable:
-                return
-            written = self._read()
-            assert self._found is not None
-            self._found.update({other: result for other, result in written.items() if other != key})
-            nested: dict[str, dict[str, dict[str, Any]]] = {}
-            for one, result in sorted(self._found.items()):
-                of_library = nested.setdefault(one.gpu, {}).setdefault(one.library, {})
-                of_library[one.problem] = dataclasses.asdict(result)
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(self.path) as file:
-                    text = json.dumps({"version": FILE_VERSION, "algorithms": nested}, indent=1)
-                    file.write((text + "\n").encode())
-            except OSError as error:
-                self._writable = False
-                warnings.warn(
-                    f"cuSPARSELt's algorithms cannot be kept: {error}", RuntimeWarning, stacklevel=2
-                )
-
-    def __len__(self) -> int:
-        if self._found is not None:
-            return len(self._found)
-        with self._lock:
-            return len(self._load())
-
-    def _load(self) -> dict[Key, Found]:
-        if self._found is None:
-            self._found = self._read()
-        return self._found
-
-    def _read(self) -> dict[Key, Found]:
-        try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            if stored["version"] != FILE_VERSION:
-                return {}
-            return {
-                Key(gpu, library, problem): _found(result)
-                for gpu, of_gpu in stored["algorithms"].items()
-                for library, of_library in of_gpu.items()
-                for problem, result in of_library.items()
-            }
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            self._writable = False
-            warnings.warn(
-                f"{self.path} is no table of cuSPARSELt's algorithms and is left alone "
-                f"({type(error).__name__}: {error})",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return {}
+        kind = Kind("algorithms", "cuSPARSELt's algorithms", FILE_VERSION)
+        super().__init__(default_path() if path is None else path, kind, Key, dataclasses.asdict, _found)
 
 
 def _found(stored: dict[str, Any]) -> Found:

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from . import _arguments as arguments
 from . import _lt_layout as lt
-from . import _ops  # noqa: F401  (registers torch.ops.nmsparse)
+from . import ops
 from ._build import extension
 from ._checks import ceil_div
+from ._lt_autograd import Backing, Epilogue, LtLinear
 from ._lt_library import library
 from ._lt_search import DEFAULT, Algorithms, Choice, Found, Key, problem_text
 from ._lt_search import search as checked_search
@@ -54,6 +55,9 @@ __all__ = [
 SearchMode = Literal["off", "file", "first-use"]
 _MODES = get_args(SearchMode)
 
+#: What `linear` can apply to its sums: what the library fuses, and what is a step of its own.
+ACTIVATIONS = ("none", "relu", "gelu", "silu")
+
 
 class LtWeight(NamedTuple):
     """A weight in the form that multiplies it, for one device and library version. Not to be saved.
@@ -64,6 +68,7 @@ class LtWeight(NamedTuple):
         k: Inputs.
         dtype: The weight's dtype, which inputs must have too.
         batches: How many weights it holds, or 0 for a single one.
+        backing: What gradients of inputs are made from; None if it was packed without.
     """
 
     blob: Tensor
@@ -71,6 +76,7 @@ class LtWeight(NamedTuple):
     k: int
     dtype: torch.dtype
     batches: int = 0
+    backing: Backing | None = None
 
 
 def why_not(device: torch.device | str) -> str | None:
@@ -90,12 +96,16 @@ def why_not(device: torch.device | str) -> str | None:
 # ------------------------------------------------------------------------------------------------ packing
 
 
-def pack(weight: NMTensor) -> LtWeight:
+def pack(weight: NMTensor, *, gradients: bool = False) -> LtWeight:
     """Compresses a packed weight for `linear`.
 
     Args:
         weight: ``[rows, k]``, or ``[batches, rows, k]``, grouped along ``k``, with a pattern that embeds in
             2:4 (float32: in 1:2). Rows and k must be multiples of 16 (float32: 8; int8 and float8: 32).
+        gradients: Keep what gradients of inputs take: ``weight`` itself, which is made dense in every
+            backward pass; or, where ``weight`` has the hardware's pattern along its rows too (a transposable
+            mask), its transposed in the library's form, so that the backward pass runs on sparse tensor
+            cores as well. Weights of floating point numbers only, of 16 bits or more.
 
     Returns:
         The library's form, on the weight's device.
@@ -109,13 +119,15 @@ def pack(weight: NMTensor) -> LtWeight:
     if not isinstance(weight, NMTensor):
         raise TypeError(f"weight must be an NMTensor (nms.compress makes one), got {type(weight).__name__}")
     arguments.check_dtype("weight", weight, tuple(lt.MULTIPLES))
+    if gradients and weight.dtype.itemsize == 1:
+        raise TypeError(f"weight of {weight.dtype} has no gradients: pack it with gradients=False")
     if weight.dim() not in (2, 3) or weight.group_dim != weight.dim() - 1:
         raise ValueError(
             "weight must be [rows, k] or [batches, rows, k], grouped along k, "
             f"got shape {list(weight.shape)}, grouped along dim {weight.group_dim}"
         )
     wanted, pattern = lt.hardware_pattern(weight.dtype), weight.pattern
-    if pattern.n > wanted.n or pattern.m % wanted.m != 0:
+    if not lt.embeds(pattern, weight.dtype):
         raise ValueError(
             f"weight of {weight.dtype} must have a pattern that embeds in {wanted} "
             f"(n <= {wanted.n}, m a multiple of {wanted.m}), got {pattern}"
@@ -126,18 +138,38 @@ def pack(weight: NMTensor) -> LtWeight:
         raise ValueError(
             f"weight of {weight.dtype} must have sizes in multiples of {multiple}, got {list(weight.shape)}"
         )
-    batches = weight.shape[0] if weight.dim() == 3 else 0
     dense = weight.detach().to_dense().contiguous()
     if dense.is_cuda:
         _require(dense.device)
+    backing = None
+    if gradients:
+        crosswise = ops.find_violation(dense, wanted, dim=dense.dim() - 2) is None
+        transposed = compress(dense.mT.contiguous()) if crosswise else None
+        backing = Backing(weight.values.detach(), weight.indices, pattern, transposed)
+    return LtWeight(compress(dense), rows, k, dense.dtype, dense.shape[0] if dense.dim() == 3 else 0, backing)
+
+
+def compress(dense: Tensor) -> Tensor:
+    """The library's form of a weight that has the hardware's pattern, 2:4 (float32: 1:2).
+
+    Args:
+        dense: ``[rows, k]`` or ``[batches, rows, k]``, contiguous, of a dtype and of sizes that the library
+            takes, which is not checked here; nor is the pattern.
+
+    Returns:
+        uint8 ``[bytes]``.
+    """
+    rows, k = dense.shape[-2:]
+    batches = dense.shape[0] if dense.dim() == 3 else 1
+    if dense.is_cuda:
         assert extension is not None
         with torch.cuda.device(dense.device):
             size = extension.cusparselt_compressed_bytes(
-                dense.device.index, rows, k, max(batches, 1), _name(dense.dtype)
+                dense.device.index, rows, k, batches, _name(dense.dtype)
             )
     else:
-        size = lt.portable_bytes(rows, k, dense.dtype, max(batches, 1))
-    return LtWeight(torch.ops.nmsparse.lt_compress(dense, size), rows, k, dense.dtype, batches)
+        size = lt.portable_bytes(rows, k, dense.dtype, batches)
+    return torch.ops.nmsparse.lt_compress(dense, size)
 
 
 def _require(device: torch.device) -> None:
@@ -167,7 +199,9 @@ def linear(
     """Multiplies with a compressed weight.
 
     Equivalent to ``activation(alpha * F.linear(x, W) + bias)``, but for the order in which sums are taken.
-    For inference: it has no gradients. CUDA graphs can capture it once it has run with the same arguments.
+    Differentiable in ``x`` and ``bias`` if the weight was packed with ``gradients=True``. Under autocast the
+    weight keeps its dtype, as it was packed: ``x`` and ``bias`` are cast to it, and the result is of
+    autocast's. CUDA graphs can capture it once it has run with the same arguments.
 
     Args:
         x: ``[..., k]`` of the weight's dtype; ``[batches, tokens, k]`` for a batch of weights. Read where it
@@ -178,8 +212,8 @@ def linear(
         bias: ``[rows]``, of the result's dtype (float32 for int8 weights, float16 for results of float8).
         scales: float32 ``[rows]``, instead of ``alpha``, for int8 weights only.
         alpha: What sums are multiplied by.
-        activation: ``"none"``, ``"relu"``, or ``"gelu"``, which the library fuses for int8 in and out, and
-            which is a step of its own elsewhere.
+        activation: ``"none"``, ``"relu"``, ``"gelu"`` (the exact one) or ``"silu"``. The library fuses relu,
+            and gelu for int8 in and out; the others are a step of its own.
         out_dtype: dtype of the result, by default that of ``x``. int8: also int32, float16, bfloat16. float8:
             also float16, bfloat16, float32.
         choice: Which of the library's kernels runs; by default what `search_mode` says.
@@ -193,22 +227,75 @@ def linear(
             asked for.
     """
     arguments.check_tensor("x", x)
+    if not isinstance(weight, LtWeight):
+        raise TypeError(f"weight must be what cusparselt.pack gives, got {type(weight).__name__}")
+    if _under_autocast(x, weight):
+        result = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
+            y = linear(x, weight, bias, alpha=alpha, activation=activation, choice=choice)
+            return y if out_dtype is not None else y.to(result)
     out = x.dtype if out_dtype is None else out_dtype
     _check_linear(x, weight, bias, scales, activation, out)
-    unfused = activation == "gelu" and not (x.dtype == torch.int8 and out == torch.int8)
-    fused = "none" if unfused else activation
     shape = x.shape
     if not weight.batches and x.dim() != 2:
         x = x.reshape(-1, weight.k)
+    if _wants_gradients(x, bias):
+        backing = weight.backing
+        assert backing is not None
+        rest = (
+            functools.partial(_multiply_again, choice=choice),
+            backing.pattern,
+            weight.rows,
+            Epilogue(alpha, activation),
+        )
+        y = LtLinear.apply(x, bias, weight.blob, backing.values, backing.indices, backing.transposed, rest)
+    else:
+        y = multiply(x, weight, bias, scales, alpha, activation, out, choice)
+    return y if y.dim() == len(shape) else y.view(*shape[:-1], weight.rows)
+
+
+def _under_autocast(x: Tensor, weight: LtWeight) -> bool:
+    device = x.device.type
+    if not x.is_floating_point() or weight.dtype.itemsize == 1:
+        return False
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _wants_gradients(x: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def multiply(
+    x: Tensor,
+    weight: LtWeight,
+    bias: Tensor | None = None,
+    scales: Tensor | None = None,
+    alpha: float = 1.0,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+    choice: Choice | None = None,
+) -> Tensor:
+    """`linear` without checks, autocast and gradients, for ``x`` ``[tokens, k]`` (or batches of them)."""
+    out = x.dtype if out_dtype is None else out_dtype
+    is_fused = activation in ("none", "relu") or (activation == "gelu" and x.dtype == out == torch.int8)
+    fused = activation if is_fused else "none"
     if choice is None:
         choice = _chosen(x, weight, out, bias, scales, fused)
     y = torch.ops.nmsparse.lt_matmul(
         x, weight.blob, bias, scales, alpha, weight.rows, fused, out, choice.algorithm, choice.split_k,
         choice.split_k_mode,
     )  # fmt: skip
-    if unfused:
-        y = torch.nn.functional.gelu(y)
-    return y if y.dim() == len(shape) else y.view(*shape[:-1], weight.rows)
+    return y if is_fused else getattr(torch.nn.functional, activation)(y)
+
+
+def _multiply_again(
+    x: Tensor, blob: Tensor, bias: Tensor | None, rows: int, epilogue: Epilogue, choice: Choice | None
+) -> Tensor:
+    """`multiply`, as the gradients call it: for the transposed weight, too."""
+    batches = x.shape[0] if x.dim() == 3 else 0
+    weight = LtWeight(blob, rows, x.shape[-1], x.dtype, batches)
+    return multiply(x, weight, bias, None, epilogue.alpha, epilogue.activation, None, choice)
 
 
 def _check_linear(
@@ -219,8 +306,6 @@ def _check_linear(
     activation: str,
     out_dtype: torch.dtype,
 ) -> None:
-    if not isinstance(weight, LtWeight):
-        raise TypeError(f"weight must be what cusparselt.pack gives, got {type(weight).__name__}")
     if x.dtype != weight.dtype:
         raise TypeError(f"x must have the weight's dtype, {weight.dtype}, got {x.dtype}")
     arguments.check_same_device("x", x, "weight", weight.blob)
@@ -234,11 +319,15 @@ def _check_linear(
     if out_dtype not in lt.OUT_DTYPES[x.dtype]:
         allowed = ", ".join(map(str, lt.OUT_DTYPES[x.dtype]))
         raise TypeError(f"out_dtype must be one of {allowed} for x of {x.dtype}, got {out_dtype}")
-    arguments.check_choice("activation", activation, lt.ACTIVATIONS)
-    if activation == "gelu" and out_dtype != torch.int8 and not out_dtype.is_floating_point:
-        raise ValueError(f"activation 'gelu' needs a floating-point or int8 out_dtype, got {out_dtype}")
-    if activation == "gelu" and out_dtype == torch.float8_e4m3fn:
-        raise ValueError("activation 'gelu' is not available for float8 results; ask for another out_dtype")
+    arguments.check_choice("activation", activation, ACTIVATIONS)
+    if activation in ("gelu", "silu"):
+        fused = activation == "gelu" and x.dtype == out_dtype == torch.int8
+        if not fused and not out_dtype.is_floating_point:
+            raise ValueError(f"activation {activation!r} needs a floating-point out_dtype, got {out_dtype}")
+        if out_dtype == torch.float8_e4m3fn:
+            raise ValueError(
+                f"activation {activation!r} is not available for float8 results; ask for another out_dtype"
+            )
     if scales is not None and x.dtype != torch.int8:
         raise ValueError(f"scales are for int8 weights only, got {x.dtype}")
     bias_dtype = lt.bias_dtype(x.dtype, out_dtype)
@@ -250,11 +339,14 @@ def _check_linear(
         arguments.check_same_device(name, vector, "x", x)
         if vector.dim() != 1 or vector.shape[0] != weight.rows or not vector.is_contiguous():
             raise ValueError(f"{name} must be contiguous [{weight.rows}], got {list(vector.shape)}")
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        raise ValueError(
-            "cusparselt.linear has no gradients: call it under torch.no_grad(), or use nms.linear with the "
-            "packed weight"
-        )
+    if _wants_gradients(x, bias):
+        if weight.backing is None:
+            raise ValueError(
+                "weight was packed without gradients: use pack(weight, gradients=True), or call this under "
+                "torch.no_grad()"
+            )
+        if out_dtype != x.dtype:
+            raise ValueError(f"out_dtype must be {x.dtype} where gradients are wanted, got {out_dtype}")
 
 
 # -------------------------------------------------------------------------------------------------- search

@@ -43,6 +43,8 @@ class Engine:
             transposed versions; the same as ``op(input, weight.to_dense(), bias, *args, **kwargs)``.
         forms: Names of the tensors that `build` derives.
         build: ``weight -> forms``, in the order of `forms`. The first has the weight's dtype.
+        refill: ``(weight, forms) -> None``: writes what `build` gives for ``weight`` into ``forms``, whose
+            packed form was written to; ``None`` to build and copy.
         restore: ``weight -> (values, indices)`` from the forms alone, bit for bit what `build` was given;
             ``None`` if that cannot be, so that the packed form has to be kept.
         dense_rows: ``weight -> dense [other dims..., K]``, a faster way to the dense weight than from the
@@ -66,6 +68,7 @@ class Engine:
     conv: Callable[..., Tensor]
     forms: tuple[str, ...] = ()
     build: Callable[[NMTensor], tuple[Tensor, ...]] = lambda weight: ()
+    refill: Callable[[NMTensor, tuple[Tensor, ...]], None] | None = None
     restore: Callable[[NMTensor], tuple[Tensor, Tensor]] | None = None
     dense_rows: Callable[[NMTensor], Tensor] | None = None
     matmul: Callable[[Tensor, NMTensor], Tensor] | None = None
@@ -231,4 +234,4 @@ register_engine(
 )
 
 # At the end, because they register themselves in the table above.
-from . import engines_conv, engines_cpu, engines_int8  # noqa: E402, F401
+from . import engines_conv, engines_cpu, engines_cuda, engines_int8  # noqa: E402, F401

@@ -1,0 +1,351 @@
+"""The engines that multiply with packed weights on NVIDIA GPUs.
+
+``cuda`` goes, call by call, the way that is the fastest for the number of tokens (``crossover.py``): the
+small-batch kernel, which reads the packed form itself; cuSPARSELt, from the library's own form; or the dense
+weight. It holds those forms that some number of tokens needs: at most the packed form (n/m of the dense
+bytes, and indices), the library's (9/16) and the dense weight (1).
+
+``cuda-packed`` holds the packed form alone. Up to as many tokens as the small-batch kernel is chosen for it
+costs what ``cuda`` does; beyond, the weight is made dense in every call.
+
+In eager mode the way is chosen here. Compiled and exported graphs call the op ``nmsparse::tuned_linear``,
+which chooses when it runs: numbers of tokens may be symbolic there, and what was measured is not part of a
+graph. A captured CUDA graph has the choice of when it was captured.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import crossover, cusparselt, ops
+from ._checks import holds_data
+from ._op_gradients import _slope as slope
+from ._op_library import NAMESPACE, library
+from ._panel_layout import ACTIVATIONS
+from .crossover import DENSE, LT, SMALL_BATCH, Problem
+from .cusparselt import LtWeight
+from .engines import Engine, portable, register_engine, unpack_rows, unpacked_conv
+from .panels import Activation, transforming
+from .pattern import Pattern
+
+if TYPE_CHECKING:
+    from .tensor import NMTensor
+
+#: Kinds of devices that the engines are for. Tests add the CPU, where the same ops run in plain PyTorch.
+DEVICES = {"cuda"}
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: values, indices, dense rows, the library's form; see `multiply`.
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def problem_of(weight: NMTensor) -> Problem:
+    """The matrix, as far as its speed depends on it."""
+    values = weight.values
+    return Problem(values.device, values.dtype, weight.pattern, weight.rows[0], weight.k)
+
+
+def _why_not(weight: NMTensor) -> str | None:
+    with torch._C.DisableTorchFunctionSubclass():
+        device, dtype = weight.device, weight.dtype
+    if device.type not in DEVICES:
+        return f"it runs on NVIDIA GPUs, the weight is on {device}"
+    if len(weight.rows) != 1:
+        return f"it multiplies matrices, the weight has {len(weight.rows) + 1} dimensions"
+    if dtype not in _DTYPES:
+        return f"it takes weights of {', '.join(map(str, _DTYPES))}, not {dtype}"
+    return None
+
+
+# -------------------------------------------------------------------------------------------------- the forms
+
+
+def _build(weight: NMTensor) -> tuple[Tensor, Tensor]:
+    """The dense rows and the library's form; empty where no number of tokens needs them."""
+    values, indices = portable(weight)
+    real = holds_data(values)
+    if real and _measures_now(values.device):
+        measure_once(weight)
+    branches = crossover.choices_for(problem_of(weight)).branches
+    wants_dense, wants_lt = DENSE in branches, LT in branches and real
+    blob = values.new_empty(0, dtype=torch.uint8)
+    if not wants_dense and not wants_lt:
+        return values.new_empty(0), blob
+    dense = ops.unpack(values, indices, weight.pattern, k=weight.k, dim=-1)
+    if wants_lt:
+        blob = cusparselt.compress(dense)
+    return dense if wants_dense else values.new_empty(0), blob
+
+
+def _refill(weight: NMTensor, forms: tuple[Tensor, ...]) -> None:
+    """Fills those forms anew that there are."""
+    dense, blob = forms
+    if not dense.numel() and not blob.numel():
+        return
+    rows = ops.unpack(*portable(weight), weight.pattern, k=weight.k, dim=-1)
+    if dense.numel():
+        dense.copy_(rows)
+    if blob.numel():
+        blob.copy_(cusparselt.compress(rows))
+
+
+def _measures_now(device: torch.device) -> bool:
+    return (
+        cusparselt.search_mode() == "first-use"
+        and device.type == "cuda"
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def measure_once(weight: NMTensor, tokens: tuple[int, ...] = crossover.TOKENS) -> crossover.Measured:
+    """Measures for those numbers of tokens that nothing is known of; all that is known.
+
+    Raises:
+        ValueError: The weight is not on a GPU, or is no matrix that the engine ``cuda`` runs.
+    """
+    from ._crossover_timer import CudaTimer
+
+    reason = _why_not(weight)
+    if reason is not None:
+        raise ValueError(f"weight cannot be measured: {reason}")
+    problem = problem_of(weight)
+    known = crossover.measured(problem)
+    missing = [count for count in tokens if known is None or count not in known.points]
+    if known is not None and not missing:
+        return known
+    return crossover.measure(problem, CudaTimer(weight), missing)
+
+
+def _dense_rows(weight: NMTensor) -> Tensor:
+    if weight.shared is not None and not torch.compiler.is_compiling():
+        weight.shared.refresh()
+    dense: Tensor = getattr(weight, "form_dense")  # noqa: B009 - forms are no declared attributes
+    if dense.numel():
+        return dense
+    return ops.unpack(*portable(weight), weight.pattern, k=weight.k, dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------ the product
+
+
+def multiply(
+    branch: str,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    dense: Tensor | None,
+    blob: Tensor | None,
+    bias: Tensor | None,
+    pattern: Pattern,
+    activation: str,
+) -> Tensor:
+    """One product, one way; what lacks its form goes dense.
+
+    Args:
+        branch: One of `crossover.BRANCHES`.
+        x: ``[tokens, k]``.
+        values: ``[rows, groups * n]``.
+        indices: uint8 ``[rows, bytes]``.
+        dense: ``[rows, k]``; None or empty: there is none.
+        blob: uint8 ``[bytes]``; None or empty: there is none.
+        bias: ``[rows]``.
+        pattern: The weight's pattern.
+        activation: Applied to the sums.
+
+    Returns:
+        ``[tokens, rows]``.
+    """
+    k = x.shape[-1]
+    if branch == SMALL_BATCH:
+        return torch.ops.nmsparse.small_batch_linear(
+            x, values, indices, None, bias, pattern.n, pattern.m, k, activation
+        )
+    if branch == LT and blob is not None and blob.numel():
+        weight = LtWeight(blob, values.shape[0], k, values.dtype)
+        return cusparselt.multiply(x, weight, bias, activation=activation)
+    if dense is None or not dense.numel():
+        dense = ops.unpack(values, indices, pattern, k=k, dim=-1)
+    y = F.linear(x, dense, bias)
+    return y if activation == "none" else getattr(F, activation)(y)
+
+
+def _run(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    dense: Tensor | None,
+    blob: Tensor | None,
+    bias: Tensor | None,
+    pattern: Pattern,
+    activation: str,
+) -> Tensor:
+    shape, rows = x.shape, values.shape[0]
+    if len(shape) != 2:
+        x = x.reshape(-1, shape[-1])
+    problem = Problem(values.device, values.dtype, pattern, rows, shape[-1])
+    branch = crossover.choices_for(problem).at(x.shape[0])
+    y = multiply(branch, x, values, indices, dense, blob, bias, pattern, activation)
+    return y if len(shape) == 2 else y.view(*shape[:-1], rows)
+
+
+# ----------------------------------------------------------------------------------------------------- the op
+
+
+def _tuned_linear(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    dense: Tensor | None,
+    blob: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    activation: str,
+) -> Tensor:
+    return _run(x, values, indices, dense, blob, bias, Pattern(n, m), activation).contiguous()
+
+
+def _fake_tuned_linear(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    dense: Tensor | None,
+    blob: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    activation: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], values.shape[0]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, indices, dense, blob, bias, ctx.n, ctx.m, ctx.activation = inputs
+    ctx.k = x.shape[-1]
+    # What came before an activation is summed again in the backward pass.
+    again = (x, blob, bias) if ctx.activation != "none" else (None, None, None)
+    ctx.save_for_backward(values, indices, dense, *again)
+
+
+def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and bias; the weight is frozen."""
+    values, indices, dense, x, blob, bias = ctx.saved_tensors
+    if ctx.activation != "none":
+        before = torch.ops.nmsparse.tuned_linear(x, values, indices, dense, blob, bias, ctx.n, ctx.m, "none")
+        grad = grad * slope(ctx.activation, before)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        if dense is None or not dense.numel():
+            dense = torch.ops.nmsparse.decompress(values, indices, ctx.n, ctx.m, ctx.k, 1)
+        grad_x = grad @ dense
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad if grad.dim() == 1 else grad.sum(tuple(range(grad.dim() - 1)))
+    return grad_x, None, None, None, None, grad_bias, None, None, None
+
+
+library.define(
+    "tuned_linear(Tensor x, Tensor values, Tensor indices, Tensor? dense, Tensor? blob, Tensor? bias, int n, "
+    "int m, str activation) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.impl("tuned_linear", _tuned_linear, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::tuned_linear", _fake_tuned_linear, lib=library)
+torch.library.register_autograd(f"{NAMESPACE}::tuned_linear", _grad, setup_context=_save, lib=library)
+
+# ------------------------------------------------------------------------------------------------ the engines
+
+
+def _linear(
+    input: Tensor, weight: NMTensor, bias: Tensor | None = None, activation: Activation = "none"
+) -> Tensor:
+    values = weight.packed_values
+    if (values is not None and values.requires_grad and torch.is_grad_enabled()) or transforming():
+        # A gradient for the values, forward-mode derivatives or vmap: see the engines on the CPU.
+        y = F.linear(input, unpack_rows(weight), bias)
+        return y if activation == "none" else getattr(F, activation)(y)
+    device = input.device.type
+    if not torch.is_autocast_enabled(device):
+        return _product(input, weight, bias, activation)
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+        if weight.values.dtype == dtype:
+            return _product(input, weight, bias, activation)
+        if weight.shared is not None and not torch.compiler.is_compiling():
+            return _product(input, weight.shared.cast_weight(dtype), bias, activation)
+        # There is no place where a cast weight could stay, above all not in a graph.
+        lower: Operands = (weight.values.to(dtype), weight.indices, None, None)
+        return _with_any_bias(input, lower, weight, bias, activation)
+
+
+def _product(input: Tensor, weight: NMTensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    if weight.shared is not None and not torch.compiler.is_compiling():
+        weight.shared.refresh()
+    dense, blob = weight.forms() or (None, None)
+    return _with_any_bias(input, (weight.values, weight.indices, dense, blob), weight, bias, activation)
+
+
+def _with_any_bias(
+    input: Tensor,
+    operands: Operands,
+    weight: NMTensor,
+    bias: Tensor | None,
+    activation: Activation,
+) -> Tensor:
+    rows = weight.rows[0]
+    if bias is None or (bias.dim() == 1 and bias.shape[0] == rows):
+        return _dispatched(input, operands, bias, weight.pattern, activation)
+    if bias.numel() == 1 and bias.dim() <= 1:
+        return _dispatched(input, operands, bias.expand(rows).contiguous(), weight.pattern, activation)
+    y = _dispatched(input, operands, None, weight.pattern, "none")
+    y = y + bias.expand_as(y)
+    return y if activation == "none" else getattr(F, activation)(y)
+
+
+def _dispatched(
+    input: Tensor, operands: Operands, bias: Tensor | None, pattern: Pattern, activation: Activation
+) -> Tensor:
+    """Through the op where a graph or autograd wants one."""
+    wants_gradients = torch.is_grad_enabled() and (
+        input.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if wants_gradients or torch.compiler.is_compiling():
+        return torch.ops.nmsparse.tuned_linear(input, *operands, bias, pattern.n, pattern.m, activation)
+    return _run(input, *operands, bias, pattern, activation)
+
+
+def _matmul(input: Tensor, weight: NMTensor) -> Tensor:
+    return torch.matmul(input, unpack_rows(weight))
+
+
+register_engine(
+    Engine(
+        name="cuda-packed",
+        why_not=_why_not,
+        linear=_linear,
+        conv=unpacked_conv,
+        activations=ACTIVATIONS,
+        automatic=False,
+    ),
+    first=True,
+)
+register_engine(
+    Engine(
+        name="cuda",
+        why_not=_why_not,
+        linear=_linear,
+        conv=unpacked_conv,
+        forms=("dense", "blob"),
+        build=_build,
+        refill=_refill,
+        dense_rows=_dense_rows,
+        matmul=_matmul,
+        activations=ACTIVATIONS,
+    ),
+    first=True,
+)
