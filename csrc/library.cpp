@@ -63,4 +63,10 @@ STABLE_TORCH_LIBRARY(nmsparse, m) {
   m.def(
       "lt_matmul(Tensor x, Tensor blob, Tensor? bias, Tensor? scales, float alpha, SymInt rows, str activation, "
       "ScalarType? out_dtype, int algorithm, int split_k, int split_k_mode) -> Tensor");
+  m.def(
+      "small_batch_linear(Tensor x, Tensor values, Tensor indices, Tensor? scales, Tensor? bias, int n, int m, SymInt "
+      "k, "
+      "str activation) -> Tensor");
+  m.def("epilogue(Tensor y, Tensor? scales, Tensor? bias, str activation) -> Tensor");
+  m.def("epilogue_(Tensor(a!) y, Tensor? scales, Tensor? bias, str activation) -> ()");
 }

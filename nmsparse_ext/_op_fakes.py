@@ -14,6 +14,7 @@ from . import _list_checks as list_checks
 from . import _lt_layout as lt
 from . import _optim_checks as optim_checks
 from . import _panel_layout as panel_checks
+from . import _product_checks as product_checks
 from ._op_library import NAMESPACE, WITHOUT_GRADIENTS, library
 from ._panel_layout import PanelLayout
 
@@ -349,3 +350,31 @@ def _fake_lt_matmul(
 ) -> Tensor:
     lt.check_lt_matmul(x, blob, bias, scales, rows, activation, out_dtype)
     return lt.new_result(x, rows, out_dtype)
+
+
+@_fake
+def _fake_small_batch_linear(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    k: int,
+    activation: str,
+) -> Tensor:
+    product_checks.check_small_batch_linear(x, values, indices, scales, bias, n, m, k, activation)
+    return x.new_empty((*x.shape[:-1], values.shape[0]))
+
+
+@_fake
+def _fake_epilogue(y: Tensor, scales: Tensor | None, bias: Tensor | None, activation: str) -> Tensor:
+    product_checks.check_epilogue(y, scales, bias, activation)
+    return torch.empty_like(y)
+
+
+@_fake
+def _fake_epilogue_(y: Tensor, scales: Tensor | None, bias: Tensor | None, activation: str) -> None:
+    product_checks.check_epilogue(y, scales, bias, activation)
+    checks.check_writable(y, "y")

@@ -179,6 +179,48 @@ def _grad_panel_linear_int8(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return grad_x, None, None, None, None, grad_bias, None, None, None, None, None
 
 
+def _save_small_batch_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, indices, scales, bias, *ctx.pattern, ctx.activation = inputs
+    again = (x, bias) if ctx.activation != "none" else (None, None)
+    ctx.save_for_backward(values, indices, scales, *again)
+
+
+def _grad_small_batch_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and bias; the weight is frozen."""
+    values, indices, scales, x, bias = ctx.saved_tensors
+    if ctx.activation != "none":
+        weight = (values, indices, scales, bias, *ctx.pattern)
+        grad = grad * _slope(ctx.activation, torch.ops.nmsparse.small_batch_linear(x, *weight, "none"))
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        dense = torch.ops.nmsparse.decompress(values, indices, *ctx.pattern, 1)
+        grad_x = grad @ (dense if scales is None else dense.float() * scales.unsqueeze(-1)).to(grad.dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad if grad.dim() == 1 else grad.sum(tuple(range(grad.dim() - 1)))
+    return grad_x, None, None, None, grad_bias, None, None, None, None
+
+
+def _save_epilogue(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, scales, bias, ctx.activation = inputs
+    ctx.save_for_backward(y, scales, bias)
+
+
+def _grad_epilogue(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of y and bias; scales belong to a frozen weight."""
+    y, scales, bias = ctx.saved_tensors
+    slope = grad.float()
+    if ctx.activation != "none":
+        before = torch.ops.nmsparse.epilogue(y, scales, bias, "none").float()
+        slope = slope * _slope(ctx.activation, before)
+    grad_y = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_y = (slope if scales is None else slope * scales).to(y.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = slope.sum(tuple(range(slope.dim() - 1))) if slope.dim() > 1 else slope
+        grad_bias = grad_bias.to(y.dtype)
+    return grad_y, None, grad_bias, None
+
+
 def _slope(activation: str, x: Tensor) -> Tensor:
     """The derivative of an activation at ``x``."""
     if activation == "relu":
@@ -195,6 +237,8 @@ for _name, _backward, _setup in (
     ("panel_matmul", _grad_panel_matmul, _save_panel_matmul),
     ("panel_conv", _grad_panel_conv, _save_panel_conv),
     ("panel_linear_int8", _grad_panel_linear_int8, _save_panel_linear_int8),
+    ("small_batch_linear", _grad_small_batch_linear, _save_small_batch_linear),
+    ("epilogue", _grad_epilogue, _save_epilogue),
     ("prune", _grad_prune, _save_prune),
     ("apply_bits", _grad_apply_bits, _save_apply_bits),
     ("compress", _grad_compress, _save_compress),

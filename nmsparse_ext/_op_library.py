@@ -64,6 +64,9 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
     "lt_pack": (),
     "lt_compress": (),
     "lt_matmul": (),
+    "small_batch_linear": (),
+    "epilogue": (),
+    "epilogue_": ("y",),
 }
 
 

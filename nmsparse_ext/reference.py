@@ -355,3 +355,4 @@ from ._reference_panels import (  # noqa: E402, F401
     panel_unpack,
     quantize_rows,
 )
+from ._reference_products import epilogue, epilogue_, small_batch_linear  # noqa: E402, F401

@@ -125,6 +125,7 @@ def sample_calls() -> dict[str, list[tuple[Any, ...]]]:
         **panel_calls(),
         **optim_calls(),
         **lt_calls(),
+        **product_calls(),
     }
 
 
@@ -151,6 +152,40 @@ def lt_calls() -> dict[str, list[tuple[Any, ...]]]:
             calls["lt_compress"].append((one_w, size + 16))
             blob = reference.lt_compress(one_w, size)
             calls["lt_matmul"].append((one_x, blob, bias, scales, 0.5, 32, activation, out_dtype, -1, 1, 0))
+    return calls
+
+
+def product_calls() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for the products of packed weights, and for what follows a product."""
+    calls: dict[str, list[tuple[Any, ...]]] = {"small_batch_linear": [], "epilogue": [], "epilogue_": []}
+    for n, m, rows, k, dtype, activation in (
+        (2, 4, 20, 48, torch.bfloat16, "none"),
+        (1, 16, 7, 40, torch.float16, "relu"),
+        (3, 5, 5, 33, torch.float16, "none"),
+        (2, 4, 6, 16, torch.bfloat16, "silu"),
+    ):
+        for int8 in (False, True):
+            w = torch.randint(-4, 5, (rows, k)).to(torch.int8 if int8 else dtype)
+            calls["small_batch_linear"].append(
+                (
+                    # Small integers: their sums are exact in any order.
+                    torch.randint(-4, 5, (2, 3, k)).to(dtype).requires_grad_(),
+                    *reference.compress(w, n, m, 1, True),
+                    torch.full((rows,), 0.5) if int8 else None,
+                    torch.randint(-4, 5, (rows,)).to(dtype).requires_grad_() if n == 2 else None,
+                    n,
+                    m,
+                    k,
+                    activation,
+                )
+            )
+    for dtype, activation in ((torch.float32, "gelu"), (torch.bfloat16, "relu"), (torch.float16, "none")):
+        y, bias = torch.randn(3, 2, 5).to(dtype), torch.randn(5).to(dtype)
+        for scales in (None, torch.rand(5)):
+            calls["epilogue"].append(
+                (y.clone().requires_grad_(), scales, bias.clone().requires_grad_(), activation)
+            )
+            calls["epilogue_"].append((y.transpose(0, 1).clone(), scales, bias, activation))
     return calls
 
 
