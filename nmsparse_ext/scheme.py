@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from ._arguments import check_choice
 from ._naming import check_globs, unknown_name, why_left_dense
 from .pattern import Pattern
 from .registry import register_module
@@ -153,6 +154,7 @@ class Scheme(Mapping[str, Pattern]):
         *,
         skip: Iterable[str] = (),
         include: Iterable[str] | None = None,
+        remainder: str = "error",
     ) -> Scheme:
         """Gives every prunable weight of a model the same pattern.
 
@@ -167,6 +169,9 @@ class Scheme(Mapping[str, Pattern]):
                 of either.
             include: What to prune, in the same way; ``None`` means everything. An embedding, or a weight tied
                 to one, is pruned only if it or its module is named here in full: ``("*", "lm_head")``.
+            remainder: ``"error"``: weights whose group dim is no multiple of ``m`` stay dense. ``"pad"``:
+                they get the pattern, with a short last group; see `ops`. To `resolve` such a scheme takes
+                ``remainder="pad"`` too.
 
         Raises:
             TypeError: If an argument is of the wrong type.
@@ -177,26 +182,30 @@ class Scheme(Mapping[str, Pattern]):
             mappingproxy({'1.weight': "skipped by '1'"})
         """
         pattern = Pattern.parse(pattern)
+        check_choice("remainder", remainder, ("error", "pad"))
         listed = weights(model)
         skips = check_globs("skip", skip, model)
         includes = None if include is None else check_globs("include", include, model)
         patterns: dict[str, Pattern] = {}
         dense: dict[str, str] = {}
         for weight in listed:
-            because = why_left_dense(weight, skips, includes) or weight.misfit(pattern)
+            because = why_left_dense(weight, skips, includes) or weight.misfit(pattern, remainder)
             if because is None:
                 patterns[weight.name] = pattern
             else:
                 dense[weight.name] = because
         return cls(patterns, dense=dense, complete=True)
 
-    def resolve(self, model: nn.Module, *, strict: bool | None = None) -> dict[str, ResolvedWeight]:
+    def resolve(
+        self, model: nn.Module, *, strict: bool | None = None, remainder: str = "error"
+    ) -> dict[str, ResolvedWeight]:
         """Finds the scheme's weights in a model.
 
         Args:
             model: The model, wrapped or not.
             strict: Whether it is an error that the scheme does not name all prunable weights; by default it
                 is if the scheme is `complete`.
+            remainder: ``"pad"`` allows a short last group where the group dim is no multiple of ``m``.
 
         Returns:
             ``{canonical parameter name: ResolvedWeight}`` in the order of the model, without the weights that
@@ -207,6 +216,7 @@ class Scheme(Mapping[str, Pattern]):
                 or that cannot be pruned, gives one tied weight two patterns, has a pattern that does not fit
                 a weight, or (``strict``) misses some. All offenders are named.
         """
+        check_choice("remainder", remainder, ("error", "pad"))
         listed = weights(model)
         by_name = {name: weight for weight in listed for name in weight.names}
         chosen: dict[str, tuple[str, Pattern]] = {}
@@ -216,7 +226,7 @@ class Scheme(Mapping[str, Pattern]):
             if weight is None:
                 problems.append(unknown_name(key, model))
                 continue
-            if (misfit := weight.misfit(pattern)) is not None:
+            if (misfit := weight.misfit(pattern, remainder)) is not None:
                 problems.append(f"{key} cannot be {pattern}: {misfit}")
             other, first = chosen.setdefault(weight.name, (key, pattern))
             if first != pattern:
@@ -268,12 +278,16 @@ class Scheme(Mapping[str, Pattern]):
         return scheme
 
 
-def as_scheme(scheme: Scheme | Mapping[str, Pattern | str] | Pattern | str, model: nn.Module) -> Scheme:
+def as_scheme(
+    scheme: Scheme | Mapping[str, Pattern | str] | Pattern | str,
+    model: nn.Module,
+    remainder: str = "error",
+) -> Scheme:
     """Returns what a caller may give for a scheme as one: a pattern stands for `Scheme.uniform`."""
     if isinstance(scheme, Scheme):
         return scheme
     if isinstance(scheme, (Pattern, str)):
-        return Scheme.uniform(model, scheme)
+        return Scheme.uniform(model, scheme, remainder=remainder)
     if isinstance(scheme, Mapping):
         return Scheme(scheme)
     raise TypeError(f"scheme must be a Scheme, a mapping of names to patterns, or a pattern, got {scheme!r}")

@@ -50,8 +50,11 @@ class Weight:
     span: int
     dense_because: str | None
 
-    def misfit(self, pattern: Pattern) -> str | None:
-        """Returns why ``pattern`` does not fit, or ``None`` if it does. A dense pattern fits every weight."""
+    def misfit(self, pattern: Pattern, remainder: str = "error") -> str | None:
+        """Returns why ``pattern`` does not fit, or ``None`` if it does. A dense pattern fits every weight.
+
+        With the remainder ``"pad"`` a short last group is fine, unless further groups would come after it.
+        """
         if pattern.is_dense:
             return None
         if self.group_dim is None:
@@ -59,6 +62,8 @@ class Weight:
         has = f"group dim {self.group_dim} has {self.parameter.shape[self.group_dim]} weights"
         if self.span != self.parameter.shape[self.group_dim]:
             has += f" in parts of {self.span}"
+        if remainder == "pad" and self.span == self.parameter.shape[self.group_dim]:
+            return None
         if self.span < pattern.m:
             return f"{has}, fewer than m = {pattern.m}"
         if self.span % pattern.m:

@@ -19,7 +19,8 @@ from ..deploy.example import ExampleInput
 from ..pattern import Pattern
 from ..weights import Weight
 from .constraints import Candidates
-from .moments import Moments, as_matrix, input_moments
+from .matrices import as_matrices
+from .moments import Moments, input_moments
 from .scores import lost_scores, rank_sums
 
 CRITERIA = ("magnitude", "taylor", "output")
@@ -91,11 +92,15 @@ def output_losses(
 def _output_loss(weight: Weight, patterns: Iterable[Pattern], moments: Moments) -> Losses:
     assert weight.group_dim is not None
     values = weight.parameter.detach()
+
+    def matrices(change: Tensor) -> Tensor:
+        return as_matrices(weight, change, len(moments.counts))
+
     losses = {}
     for pattern in patterns:
         pruned = values - ops.nm_prune(values, pattern, dim=weight.group_dim)
-        losses[pattern] = 0.0 if pattern.is_dense else moments.error(as_matrix(weight, pruned))
-    total = moments.error(as_matrix(weight, values))
+        losses[pattern] = 0.0 if pattern.is_dense else moments.error(matrices(pruned))
+    total = moments.error(matrices(values))
     if not math.isfinite(sum(losses.values()) + total):
         raise ValueError(f"{weight.name} or its inputs have NaN or infinite values")
     return Losses(losses, total)

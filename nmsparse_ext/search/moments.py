@@ -10,59 +10,133 @@ layers up to that width, and for wider ones without the correlations between inp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..deploy.example import ExampleInput, caller_of, run_example
+from ..deploy.example import ExampleInput, run_example
 from ..weights import Weight
+from .inputs import Columns, NoFeatures, Source, find_sources
+from .matrices import matrices_of
 
 #: Inputs in a block: 16 MB of float32 each, and 16 GFLOP for 2048 outputs.
 BLOCK = 2048
-#: Columns of inputs that are held at once while they are added up, times their length.
-_ELEMENTS = 1 << 24
 
 
-@dataclass
 class Moments:
-    """``E[x x^T]`` of the inputs of one weight.
+    """``E[x x^T]`` of the inputs of one weight's matrices.
+
+    Args:
+        matrices: How many matrices there are at most; see `as_matrices`. As long as all get the same inputs,
+            one moment stands for them all.
+        block: Inputs in a block, at most; ``None`` for one block of all.
+        dtype: What is added up in.
 
     Attributes:
-        blocks: float32 ``[conv groups, size, size]`` for consecutive inputs.
-        count: How many columns they are the mean of.
+        blocks: ``[matrices or 1, size, size]`` for consecutive inputs.
+        counts: How many columns they are the mean of, for each matrix.
     """
 
-    blocks: list[Tensor] = field(default_factory=list)
-    count: int = 0
+    def __init__(
+        self, matrices: int = 1, *, block: int | None = -1, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.blocks: list[Tensor] = []
+        self.counts: list[int] = [0]
+        self._matrices = matrices
+        self._block = BLOCK if block == -1 else block
+        self._dtype = dtype
 
-    def add(self, columns: Tensor) -> None:
-        """Takes more columns into the mean: float ``[count, conv groups, inputs]``."""
-        parts = columns.float().split(BLOCK, dim=2)
+    @property
+    def count(self) -> int:
+        """How many columns came, to the matrix that most of them came to."""
+        return max(self.counts)
+
+    def add(self, columns: Columns) -> None:
+        """Takes more columns into the mean."""
+        values, at = columns
+        if not len(values):
+            return
+        size = values.shape[2]
+        parts = values.to(self._dtype).split(self._block or max(1, size), dim=2)
         if not self.blocks:
-            groups = columns.shape[1]
+            self.counts = [0] * values.shape[1]
             self.blocks = [
-                columns.new_zeros(groups, p.shape[2], p.shape[2], dtype=torch.float32) for p in parts
+                p.new_zeros(values.shape[1], p.shape[2], p.shape[2], dtype=self._dtype) for p in parts
             ]
-        self.count += columns.shape[0]
+        if at is not None and len(self.counts) == 1 < self._matrices:
+            # From now on they differ.
+            self.counts = self.counts * self._matrices
+            self.blocks = [block.repeat(self._matrices, 1, 1) for block in self.blocks]
+        if at is None and values.shape[1] < len(self.counts):
+            for matrix in range(len(self.counts)):
+                self.add(Columns(values, matrix))
+            return
+        chosen = slice(None) if at is None else slice(at, at + 1)
+        before = self.counts[chosen][0]
+        count = before + len(values)
+        self.counts[chosen] = [count] * len(self.counts[chosen])
         for block, part in zip(self.blocks, parts, strict=True):
             # mean += (x x^T - mean) / count, for as many columns as came.
-            by_group = part.transpose(0, 1)
-            keep = 1 - columns.shape[0] / self.count
-            torch.baddbmm(block, by_group.mT, by_group, beta=keep, alpha=1 / self.count, out=block)
+            by_matrix, mean = part.transpose(0, 1), block[chosen]
+            torch.baddbmm(mean, by_matrix.mT, by_matrix, beta=before / count, alpha=1 / count, out=mean)
+
+    def squares(self) -> Tensor:
+        """``E[x^2]`` of each input: ``[matrices or 1, inputs]``."""
+        return torch.cat([block.diagonal(dim1=1, dim2=2) for block in self.blocks], dim=1)
 
     def error(self, change: Tensor) -> float:
-        """``tr(D H D^T)`` of a change D of the weight: float32 ``[conv groups, outputs, inputs]``."""
-        parts = change.split(BLOCK, dim=2)
-        products = (
-            ((part @ block) * part).sum(dtype=torch.float64)
+        """``tr(D H D^T)`` of a change D, ``[matrices or 1, outputs, inputs]``; see `as_matrices`.
+
+        Of matrices that not all columns came to it is the mean over those that came to any.
+        """
+        if not self.blocks:
+            return 0.0
+        parts = change.to(self._dtype).split(self.blocks[0].shape[1], dim=2)
+        products = sum(
+            ((part @ block) * part).sum((1, 2), dtype=torch.float64)
             for part, block in zip(parts, self.blocks, strict=True)
         )
-        return max(0.0, float(sum(products)))
+        assert isinstance(products, Tensor)
+        share = torch.tensor(self.counts, dtype=torch.float64, device=products.device) / max(1, self.count)
+        return max(0.0, float((products * share).sum()))
+
+
+def collect(
+    model: nn.Module,
+    sources: Mapping[str, list[Source]],
+    moments: Mapping[str, Moments],
+    batch: ExampleInput,
+) -> None:
+    """Runs the model on a batch and adds what reaches each weight to its moments.
+
+    Args:
+        model: The model; it runs in eval mode without gradients.
+        sources: Where each weight's inputs are seen.
+        moments: Of each weight.
+        batch: A tensor, a tuple of arguments or a mapping of keyword arguments.
+
+    Raises:
+        TypeError: If the batch is none of these.
+        NoFeatures: If what reaches a weight is no features.
+    """
+    run_example(model, batch, hooks_for(sources, moments))
+
+
+def hooks_for(sources: Mapping[str, list[Source]], moments: Mapping[str, Moments]) -> dict[nn.Module, Any]:
+    """``{module: what to call before its forward}``, to collect with."""
+    called: dict[nn.Module, list[tuple[str, Source]]] = {}
+    for name, found in sources.items():
+        for source in found:
+            called.setdefault(source.caller, []).append((name, source))
+
+    def before_forward(caller: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for name, source in called[caller]:
+            for columns in source.columns(args, kwargs):
+                moments[name].add(columns)
+
+    return dict.fromkeys(called, before_forward)
 
 
 def input_moments(
@@ -79,94 +153,17 @@ def input_moments(
         TypeError: If a batch is none of these.
         ValueError: If a module's inputs are not known here, nothing reaches one, or there is no batch.
     """
-    moments = {name: Moments() for name in weights}
-    # What is called -> the weights it multiplies with, each with the module that holds it.
-    places: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
-    for name, weight in weights.items():
-        for module, _ in weight.places:
-            caller = caller_of(model, module)
-            if not _is_known(caller):
-                raise ValueError(
-                    f"the inputs of {name} are not known, as it belongs to a {type(module).__name__}: "
-                    "skip it, or choose another criterion"
-                )
-            places.setdefault(caller, []).append((name, module))
-
-    def before_forward(caller: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for name, module in places[caller]:
-            if isinstance(caller, nn.MultiheadAttention):
-                input = _attention_input(caller, module, args, kwargs)
-            else:
-                input = args[0] if args else kwargs["input"]
-            for columns in _columns(module, input.detach()):
-                moments[name].add(columns)
-
-    number = 0
-    for number, batch in enumerate(batches, start=1):  # noqa: B007 - counted for the error
-        run_example(model, batch, dict.fromkeys(places, before_forward))
+    moments = {name: Moments(matrices_of(weight)) for name, weight in weights.items()}
+    try:
+        sources = {name: find_sources(model, weight) for name, weight in weights.items()}
+        number = 0
+        for number, batch in enumerate(batches, start=1):  # noqa: B007 - counted for the error
+            collect(model, sources, moments, batch)
+    except NoFeatures as error:
+        raise ValueError(f"{error}: skip it, or choose another criterion") from None
     if number == 0:
         raise ValueError("calibration must hold at least one batch")
     for name, found in moments.items():
         if found.count == 0:
             raise ValueError(f"no calibration batch reaches {name}: skip it, or give other batches")
     return moments
-
-
-def as_matrix(weight: Weight, values: Tensor) -> Tensor:
-    """``values``, of the weight's shape, as float32 ``[conv groups, outputs, inputs]`` as in `Moments`."""
-    if weight.group_dim == 0:  # transformers' Conv1D: [in, out]
-        values = values.T
-    groups = weight.module.groups if isinstance(weight.module, nn.modules.conv._ConvNd) else 1
-    return values.float().flatten(1).unflatten(0, (groups, -1))
-
-
-def _is_known(module: nn.Module) -> bool:
-    if isinstance(module, nn.MultiheadAttention):
-        return module.in_proj_weight is not None
-    is_conv = isinstance(module, nn.modules.conv._ConvNd) and not module.transposed
-    return is_conv or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _attention_input(
-    attention: nn.MultiheadAttention, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    """What reaches the projections into the heads (``module is attention``), or the one out of them."""
-    if module is not attention:
-        # Attention multiplies with the weight of out_proj without calling it. With an identity there, its
-        # output is what the weight would have been multiplied with.
-        out = attention.out_proj
-        held = dict(out._parameters)
-        try:
-            out._parameters.update(weight=nn.Parameter(torch.eye(out.in_features).to(out.weight)), bias=None)
-            return attention.forward(*args, **kwargs)[0]
-        finally:
-            out._parameters.update(held)
-    given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-    if not (given["query"] is given["key"] is given["value"]):
-        raise ValueError(
-            "attention whose query, key and value differ has no single input: skip its in_proj_weight, "
-            "or choose another criterion"
-        )
-    return given["query"]
-
-
-def _columns(module: nn.Module, input: Tensor) -> Iterable[Tensor]:
-    """What the weight is multiplied with: pieces ``[count, conv groups, inputs]``."""
-    if not isinstance(module, nn.modules.conv._ConvNd):
-        rows = input.reshape(-1, 1, input.shape[-1])
-        yield from rows.split(max(1, _ELEMENTS // rows.shape[-1]))
-        return
-    dims = len(module.kernel_size)
-    batch = input if input.dim() == dims + 2 else input.unsqueeze(0)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    sides = module._reversed_padding_repeated_twice
-    per_image = module.weight[0].numel() * module.groups * math.prod(batch.shape[2:])
-    for images in batch.split(max(1, _ELEMENTS // per_image)):
-        patches = F.pad(images, sides, mode=mode) if any(sides) else images
-        for i, (size, stride, dilation) in enumerate(
-            zip(module.kernel_size, module.stride, module.dilation, strict=True)
-        ):
-            patches = patches.unfold(2 + i, (size - 1) * dilation + 1, stride)[..., ::dilation]
-        # [images, channels, positions..., kernel...] -> [columns, conv groups, channels and kernel]
-        by_position = patches.unflatten(1, (module.groups, -1)).movedim((1, 2), (dims + 1, dims + 2))
-        yield by_position.flatten(0, dims).flatten(2)

@@ -7,8 +7,12 @@ import torch
 from torch import nn
 
 import nmsparse_ext as nms
+from nmsparse_ext.registry import register_module
+from nmsparse_ext.search import inputs
 from nmsparse_ext.search import moments as module_under_test
-from nmsparse_ext.search.moments import Moments, as_matrix, input_moments
+from nmsparse_ext.search.inputs import Columns
+from nmsparse_ext.search.matrices import as_matrices, from_matrices
+from nmsparse_ext.search.moments import Moments, input_moments
 from nmsparse_ext.weights import weights
 
 
@@ -35,7 +39,7 @@ CONVS = [
 
 @pytest.mark.parametrize("layer", CONVS, ids=str)
 def test_convolutions(layer, monkeypatch):
-    monkeypatch.setattr(module_under_test, "_ELEMENTS", 3000)  # a few images at a time
+    monkeypatch.setattr(inputs, "_ELEMENTS", 3000)  # a few images at a time
     torch.manual_seed(0)
     layer.reset_parameters()
     x = torch.randn(5, layer.in_channels, *(7, 6, 5)[: len(layer.kernel_size)])
@@ -43,7 +47,7 @@ def test_convolutions(layer, monkeypatch):
     found = input_moments(layer, {"weight": weight}, [x[:2], x[2:]])["weight"]
     pruned = nms.nm_prune(layer.weight.detach(), "2:8", dim=1)
     change = layer.weight.detach() - pruned
-    assert found.error(as_matrix(weight, change)) == pytest.approx(
+    assert found.error(as_matrices(weight, change)) == pytest.approx(
         error_by_running(layer, pruned, x, dim=1), rel=1e-4
     )
 
@@ -58,7 +62,7 @@ def test_linear_on_many_dims():
     torch.testing.assert_close(found.blocks[0][0], columns.T @ columns / len(columns))
     change = torch.randn(10, 24)
     expected = (columns @ change.T).square().sum(1).mean()
-    assert found.error(as_matrix(weight, change)) == pytest.approx(float(expected), rel=1e-5)
+    assert found.error(as_matrices(weight, change)) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_transformers_conv1d():
@@ -69,7 +73,7 @@ def test_transformers_conv1d():
     found = input_moments(layer, {"weight": weight}, [x])["weight"]
     pruned = nms.nm_prune(layer.weight.detach(), "1:4", dim=0)
     change = layer.weight.detach() - pruned
-    assert found.error(as_matrix(weight, change)) == pytest.approx(
+    assert found.error(as_matrices(weight, change)) == pytest.approx(
         error_by_running(layer, pruned, x, dim=1), rel=1e-5
     )
 
@@ -97,24 +101,65 @@ def test_transformer_layers():
     assert {name: m.count for name, m in found.items()} == dict.fromkeys(listed, 8)
 
 
-def test_cross_attention_is_refused():
+def test_cross_attention_has_three_inputs():
     attention = nn.MultiheadAttention(16, 2)
     listed = {w.name: w for w in weights(attention)}
-    x, y = torch.randn(2, 3, 1, 16)
-    with pytest.raises(ValueError, match="no single input"):
-        input_moments(attention, listed, [(x, y, y)])
+    x, y, z = torch.randn(3, 4, 1, 16)
+    found = input_moments(attention, listed, [(x, x, x), (x, y, z)])["in_proj_weight"]
+    assert found.counts == [8, 8, 8]
+    for at, other in enumerate((x, y, z)):
+        columns = torch.cat([x, other]).reshape(-1, 16)
+        torch.testing.assert_close(found.blocks[0][at], columns.T @ columns / 8)
     assert isinstance(attention.out_proj.bias, nn.Parameter)
     apart = nn.MultiheadAttention(16, 2, kdim=8)
-    with pytest.raises(ValueError, match="q_proj_weight are not known"):
-        input_moments(apart, {w.name: w for w in weights(apart)}, [(x, y[..., :8], y)])
+    found = input_moments(apart, {w.name: w for w in weights(apart)}, [(x, y[..., :8], z)])
+    columns = y[..., :8].reshape(-1, 8)
+    torch.testing.assert_close(found["k_proj_weight"].blocks[0][0], columns.T @ columns / 4)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions(groups):
+    layer = nn.ConvTranspose2d(8, 6, 2, stride=2, groups=groups)  # no two places write to the same output
+    x = torch.randn(3, 8, 5, 4)
+    (weight,) = weights(layer)
+    found = input_moments(layer, {"weight": weight}, [x])["weight"]
+    pruned = nms.nm_prune(layer.weight.detach(), "1:4", dim=0)
+    change = layer.weight.detach() - pruned
+    assert torch.equal(from_matrices(weight, as_matrices(weight, change)), change)
+    # An input place has 4 output places.
+    assert found.error(as_matrices(weight, change)) == pytest.approx(
+        4 * error_by_running(layer, pruned, x, dim=1), rel=1e-4
+    )
+
+
+class Experts(nn.Module):
+    """Two experts, the second of which gets the second half of the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 8, 16))
+
+    def forward(self, x):
+        first, second = x.chunk(2)
+        return torch.cat([first @ self.w[0].T, torch.nn.functional.linear(second, self.w[1])])
+
+
+def test_modules_of_users_are_watched():
+    register_module(Experts, {"w": 2})
+    model = Experts()
+    x = torch.randn(6, 16)
+    (weight,) = weights(model)
+    found = input_moments(model, {"w": weight}, [x])["w"]
+    assert found.counts == [3, 3, 0]
+    torch.testing.assert_close(found.blocks[0][1], x[3:].T @ x[3:] / 3)
 
 
 def test_wide_layers_take_blocks(monkeypatch):
     monkeypatch.setattr(module_under_test, "BLOCK", 16)
     x = torch.randn(50, 1, 40)
     found = Moments()
-    found.add(x[:20])
-    found.add(x[20:])
+    found.add(Columns(x[:20]))
+    found.add(Columns(x[20:]))
     assert [tuple(block.shape) for block in found.blocks] == [(1, 16, 16), (1, 16, 16), (1, 8, 8)]
     change = torch.zeros(1, 3, 40)
     change[..., 16:32] = torch.randn(3, 16)  # within a block it is exact
@@ -146,9 +191,12 @@ def test_unknown_modules_and_unreached_ones_are_refused():
     weight = weights(model)[0]
     with pytest.raises(ValueError, match="weight_ih_l0 are not known, as it belongs to a LSTM"):
         input_moments(model, {weight.name: weight}, [torch.randn(1, 16)])
-    model = nn.Sequential(nn.Linear(8, 8), nn.ConvTranspose2d(8, 8, 2))
-    with pytest.raises(ValueError, match="ConvTranspose2d"):
-        input_moments(model, {"1.weight": weights(model)[1]}, [])
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8))
+    listed = {w.name: w for w in weights(model)}
+    with pytest.raises(ValueError, match="token ids"):
+        input_moments(model, {"0.weight": listed["0.weight"]}, [torch.arange(3)])
+    with pytest.raises(ValueError, match="at least one batch"):
+        input_moments(model, {"1.weight": listed["1.weight"]}, [])
 
     class Half(nn.Module):
         def __init__(self) -> None:
