@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .deploy.convert import convert
     from .deploy.fold import fold_batch_norm
     from .deploy.summary import summary
+    from .prune import prune_model
     from .scheme import Scheme
     from .search import Budget, domino_search
     from .search.allocate import allocate
@@ -73,6 +74,7 @@ __all__ = [
     "nm_prune",
     "nm_prune_",
     "permute_channels",
+    "prune_model",
     "sad",
     "save_file",
     "summary",
@@ -102,6 +104,7 @@ _LAZY = {
     "nm_prune": "ops",
     "nm_prune_": "ops",
     "permute_channels": "search",
+    "prune_model": "prune",
     "sad": "ops",
     "save_file": "deploy",
     "summary": "deploy",
@@ -110,7 +113,7 @@ _LAZY = {
 
 
 # Rooms with more than what stands here, such as `nms.train.Rule` or `nms.optim.SGD`.
-_ROOMS = ("deploy", "integrations", "optim", "search", "train")
+_ROOMS = ("deploy", "integrations", "optim", "prune", "search", "train")
 
 
 def __getattr__(name: str) -> Any:

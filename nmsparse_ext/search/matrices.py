@@ -1,9 +1,8 @@
 """A weight as the linear maps that it is, with the groups of a pattern along the last dim.
 
-Whatever multiplies with it, a weight holds one or more matrices ``[outputs, inputs]``: one for each group of a
-convolution, one for each expert of a stack, one for query, key and value. Inputs are ordered such that a group
-of a pattern is consecutive: of a convolution the input channels of one place of the kernel, then those of the
-next.
+A weight holds one or more matrices ``[outputs, inputs]``: one for each group of a convolution, one for each
+expert of a stack, one for query, key and value. Inputs are ordered such that a group of a pattern is
+consecutive: of a convolution the input channels of one place of the kernel, then those of the next.
 """
 
 from __future__ import annotations
@@ -29,11 +28,6 @@ def matrices_of(weight: Weight) -> int:
         return shape[0] // weight.span
     experts = getattr(weight.module, "moe_num_experts", 1)
     return experts if isinstance(experts, int) and shape[0] % max(1, experts) == 0 else 1
-
-
-def segment_of(weight: Weight) -> int:
-    """Inputs that groups do not cross: of a convolution the channels, else all inputs of a matrix."""
-    return weight.span
 
 
 def as_matrices(weight: Weight, values: Tensor, count: int | None = None) -> Tensor:
