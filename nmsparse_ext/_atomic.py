@@ -36,8 +36,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    with contextlib.suppress(OSError):  # folders cannot be synced everywhere
-        descriptor = os.open(folder, os.O_RDONLY)
+    sync_folder(folder)
+
+
+def sync_folder(folder: str) -> None:
+    """Has the names in a folder on the disk, where folders can be synced; ``""`` is the current one."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder or ".", os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

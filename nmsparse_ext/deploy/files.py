@@ -1,4 +1,4 @@
-"""Packed models in safetensors files. What stands in a file is described in ``format.py``.
+"""Packed models in safetensors files. What stands in a file is described in ``docs/format.md``.
 
 Writing is atomic. Reading checks everything that a file claims, and every index, before a kernel sees it;
 whatever is wrong is a `FormatError` that names the tensor. Tensors of a loaded file are mapped, not read:
@@ -11,21 +11,19 @@ import os
 from collections.abc import Iterator, Mapping
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file as write_safetensors
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .._atomic import atomic_write
-from ..engines import portable
 from ..errors import FormatError
 from ..pattern import Pattern
 from ..scheme import Scheme, as_scheme
-from ..tensor import KEEPS, Keep, NMTensor, compress, inner_tensors
+from ..tensor import KEEPS, Keep, NMTensor, compress
 from ..weights import canonical_name, prunable_weights
 from .detect import detect_pattern
-from .format import INDICES, VALUES, Contents, PackedEntry, parse_metadata
+from .format import PackedEntry
 from .listeners import announce_packed
+from .shards import locate, parse_size, read_stored, write_model
+from .stored import layout, unlayout
 from .support import engine_for, why_not_packed
 
 StrPath = str | os.PathLike[str]
@@ -35,19 +33,26 @@ def save_file(
     model: nn.Module | Mapping[str, Tensor],
     path: StrPath,
     scheme: Scheme | Mapping[str, Pattern | str] | Pattern | str | None = None,
+    *,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Saves a model, its sparse weights packed.
 
     Weights that are packed already are stored as they are. Dense ones that satisfy their pattern are packed
     on the way out (the model itself is not touched); everything else is stored dense. Tied tensors are stored
-    once. The file
-    appears in one step: whoever reads ``path`` finds the old file or the new one, also after a crash.
+    once. The model appears in one step: whoever reads ``path`` finds the old one or the new one, also after a
+    crash. Shards of an older model of that name are deleted when the new one is complete.
 
     Args:
         model: The model, or its tensors ``{name: Tensor or NMTensor}``. Without a model nobody knows which
             dim of a dense weight is grouped, so only what is packed already is stored packed.
         path: The file, usually ``*.safetensors``; replaced if it exists.
         scheme: Patterns of the dense weights. ``None`` detects: see `deploy.detect_pattern`.
+        max_shard_size: Bytes of tensors that a file may have, or text such as ``"5GB"`` (10^9 bytes each) or
+            ``"5GiB"``. A model with more is written to ``model-00001-of-00003.safetensors`` and so on, beside
+            ``path``, with an index ``model.safetensors.index.json``, as Hugging Face names them; ``path``
+            itself does not exist then, but `load_file` takes it. ``None``: one file. Only one process may
+            write shards to a place at a time.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -61,46 +66,39 @@ def save_file(
         tensors |= _packed(model, tensors, scheme)
     elif scheme is not None:
         raise TypeError("scheme needs a model: a mapping of tensors does not say which dims are grouped")
-    stored, contents = _layout(tensors)
-    with atomic_write(path) as file:
-        write_safetensors(stored, file.name, contents.to_metadata())
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
+    write_model(os.fspath(path), *layout(tensors), limit)
 
 
 def load_file(path: StrPath) -> dict[str, Tensor]:
     """Reads a file that `save_file` (or any other safetensors writer) has written.
 
     Args:
-        path: The file.
+        path: The file, the index of a model in shards, a folder that holds either, or the path that shards
+            were saved under. In a folder ``model.safetensors`` comes before its index, and both before files
+            of other names.
 
     Returns:
         ``{name: tensor}`` on the CPU: an `NMTensor` for each packed weight, a plain tensor for the rest. Tied
         names share one tensor.
 
     Raises:
-        FormatError: If the file is damaged, truncated, of an unknown version, or contradicts itself. The
-            message names the file, the tensor and the reason.
+        FormatError: If a file is damaged, truncated, of an unknown version, or contradicts itself or the
+            index. The message names the file, the tensor and the reason.
         OSError: If the file cannot be opened.
     """
-    with open(path, "rb"):  # so that a missing or forbidden file is an OSError, and no format error
-        pass
+    return _load(path, None)
+
+
+def _load(path: StrPath, engine: str | None) -> dict[str, Tensor]:
+    """Reads a model; packed weights get that engine."""
     try:
-        with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
-            contents = parse_metadata(file.metadata())
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        return _unlayout(stored, contents)
+        return unlayout(*read_stored(locate(os.fspath(path))), engine=engine)
     except FormatError as error:
         raise FormatError(f"{os.fspath(path)}: {error}") from None
-    except (
-        SafetensorError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        # Whatever safetensors or PyTorch find wrong with tensors that the header describes.
-        raise FormatError(f"{os.fspath(path)}: no valid safetensors file: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Whatever PyTorch finds wrong with what the metadata describes.
+        raise FormatError(f"{os.fspath(path)}: no valid model: {error}") from error
 
 
 def load_into(model: nn.Module, path: StrPath, *, keep: Keep | None = None) -> nn.Module:
@@ -113,7 +111,7 @@ def load_into(model: nn.Module, path: StrPath, *, keep: Keep | None = None) -> n
 
     Args:
         model: The model; changed in place.
-        path: The file.
+        path: What `load_file` takes.
         keep: ``"both"`` or ``"engine"``: what packed weights hold, see `NMTensor.keep`. ``None`` goes by the
             weights that were in their places, and holds both where those were dense.
 
@@ -128,7 +126,7 @@ def load_into(model: nn.Module, path: StrPath, *, keep: Keep | None = None) -> n
     """
     if keep is not None and keep not in KEEPS:
         raise ValueError(f"keep must be None or one of {KEEPS}, got {keep!r}")
-    loaded = load_file(path)
+    loaded = _load(path, "decompress")  # the engine's form is made once, in the place where it stays
     slots = _slots(model)
     problems = [f"the file has no {name}" for name in slots if name not in loaded]
     problems += [f"the model has no {name}" for name in loaded if name not in slots]
@@ -229,106 +227,7 @@ def _packed(
     return {name: packed[id(tensor)] for name, tensor in tensors.items() if id(tensor) in packed}
 
 
-def _layout(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Contents]:
-    """What goes into the file: plain contiguous tensors without shared memory, and what they mean."""
-    stored: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    contents = Contents()
-    first: dict[tuple, str] = {}
-    for name, tensor in tensors.items():
-        key = _identity(tensor)
-        if key is not None and key in first:
-            contents.aliases[name] = first[key]
-            continue
-        if key is not None:
-            first[key] = name
-        if isinstance(tensor, NMTensor):
-            contents.weights[name] = PackedEntry.of(tensor)
-            values, indices = portable(tensor)
-            parts = {name + VALUES: values, name + INDICES: indices}
-        else:
-            parts = {name: tensor}
-        for part_name, part in parts.items():
-            if part_name in stored:
-                raise ValueError(f"two tensors would be stored as {part_name}; rename one")
-            stored[part_name] = _storable(part.detach(), storages)
-    taken = [name for name in contents.aliases if name in stored]
-    taken += [name for name in contents.weights if name in stored]
-    if taken:
-        raise ValueError(f"two tensors would be stored as {', '.join(taken)}; rename one")
-    return stored, contents
-
-
-def _identity(tensor: Tensor) -> tuple | None:
-    """Equal for two names of one tensor; ``None`` where there is no memory to tell by."""
-    # The inner tensor that is there in any case: values that are made when asked for have a new address.
-    part = inner_tensors(tensor)[0] if isinstance(tensor, NMTensor) else tensor
-    if part.numel() == 0:
-        return None
-    layout = (tuple(part.shape), part.stride(), part.is_conj(), part.is_neg())
-    place = (part.data_ptr(), str(part.device), part.dtype, *layout)
-    return (*place, PackedEntry.of(tensor)) if isinstance(tensor, NMTensor) else place
-
-
-def _storable(tensor: Tensor, storages: set[int]) -> Tensor:
-    """On the CPU, contiguous, and with memory of its own: safetensors refuses views of one another.
-
-    Conjugation and negation, which PyTorch only notes down at first, are carried out: memory is saved.
-
-    Args:
-        tensor: What is to be stored.
-        storages: Addresses of the memory taken so far; the result's is added.
-    """
-    tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
-    storage = tensor.untyped_storage()
-    if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
-        tensor = tensor.clone()
-    if tensor.numel():
-        storages.add(tensor.untyped_storage().data_ptr())
-    return tensor
-
-
 # ---------------------------------------------------------------------------------------------------- reading
-
-
-def _unlayout(stored: dict[str, Tensor], contents: Contents) -> dict[str, Tensor]:
-    """Puts the packed weights together; every tensor of the file must have a meaning, and only one."""
-    loaded: dict[str, Tensor] = {}
-    for name, entry in contents.weights.items():
-        parts = []
-        for suffix in (VALUES, INDICES):
-            part = stored.pop(name + suffix, None)
-            if part is None:
-                raise FormatError(f"weight {name!r} has no tensor {name + suffix!r}")
-            parts.append(part)
-        values, indices = parts
-        if values.dtype != entry.dtype:
-            raise FormatError(
-                f"weight {name!r}: values are {values.dtype}, but the metadata says {entry.dtype}"
-            )
-        try:
-            loaded[name] = NMTensor.from_packed(
-                values,
-                indices,
-                entry.pattern,
-                group_dim=entry.group_dim,
-                shape=entry.shape,
-                remainder=entry.remainder,
-            )
-        except (TypeError, ValueError) as error:
-            raise FormatError(f"weight {name!r}: {error}") from None
-    for name, tensor in stored.items():
-        if name in loaded:
-            raise FormatError(f"{name!r} is stored both packed and dense")
-        loaded[name] = tensor
-    for alias, name in contents.aliases.items():
-        if alias in loaded:
-            raise FormatError(f"{alias!r} is both a tensor and an alias of {name!r}")
-        if name not in loaded:
-            raise FormatError(f"alias {alias!r} points to {name!r}, which the file does not have")
-    for alias, name in contents.aliases.items():
-        loaded[alias] = loaded[name]
-    return loaded
 
 
 class _Slot:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,26 @@ class Contents:
     weights: dict[str, PackedEntry] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
 
+    def add(self, other: Contents) -> None:
+        """Takes up what another file of the same model says.
+
+        Raises:
+            FormatError: If both speak of the same weight or alias.
+        """
+        for mine, theirs in ((self.weights, other.weights), (self.aliases, other.aliases)):
+            twice = sorted(mine.keys() & theirs.keys())
+            if twice:
+                raise FormatError(f"{brief(twice)} are described by more than one file")
+        self.weights.update(other.weights)
+        self.aliases.update(other.aliases)
+
+    def of(self, stored: Iterable[str]) -> Contents:
+        """What concerns the tensors of that name, which hold each packed weight as a whole or not at all."""
+        stored = set(stored)
+        weights = {name: entry for name, entry in self.weights.items() if name + VALUES in stored}
+        aliases = {alias: name for alias, name in self.aliases.items() if name in weights or name in stored}
+        return Contents(weights, aliases)
+
     def to_metadata(self) -> dict[str, str]:
         """The safetensors metadata; ``format`` is what other readers of PyTorch files look for."""
         content = {
@@ -93,18 +113,16 @@ def parse_metadata(metadata: Mapping[str, str] | None) -> Contents:
     text = (metadata or {}).get(METADATA_KEY)
     if text is None:
         return Contents()
-    try:
-        content = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"metadata entry {METADATA_KEY!r} is no JSON: {error}") from None
-    content = _object("metadata", content, {"version", "weights", "aliases"})
-    version = content["version"]
+    content = strict_json(f"metadata entry {METADATA_KEY!r}", text)
+    # Before anything else: other versions may have other entries.
+    version = content.get("version", VERSION) if isinstance(content, dict) else VERSION
     if type(version) is not int or version != VERSION:
         raise FormatError(
             f"format version {version!r} is not known to this release, which reads version {VERSION}"
         )
+    content = _object("metadata", content, {"version", "weights", "aliases"})
     if not isinstance(content["weights"], dict):
-        raise FormatError(f"'weights' must be an object, got {_brief(content['weights'])}")
+        raise FormatError(f"'weights' must be an object, got {brief(content['weights'])}")
     weights = {name: _entry(name, entry) for name, entry in content["weights"].items()}
     return Contents(weights, _aliases(content["aliases"]))
 
@@ -113,24 +131,24 @@ def _entry(name: str, content: Any) -> PackedEntry:
     where = f"weight {name!r}"
     content = _object(where, content, {"pattern", "group_dim", "shape", "remainder", "dtype", "encoding"})
     if not isinstance(content["pattern"], str):
-        raise FormatError(f"{where}: pattern must be text, got {_brief(content['pattern'])}")
+        raise FormatError(f"{where}: pattern must be text, got {brief(content['pattern'])}")
     try:
         pattern = Pattern.parse(content["pattern"])
     except ValueError as error:
         raise FormatError(f"{where}: {error}") from None
     shape = content["shape"]
     if not isinstance(shape, list) or not 1 <= len(shape) <= MAX_DIMS:
-        raise FormatError(f"{where}: shape must be a list of 1 to {MAX_DIMS} sizes, got {_brief(shape)}")
+        raise FormatError(f"{where}: shape must be a list of 1 to {MAX_DIMS} sizes, got {brief(shape)}")
     if any(type(size) is not int or not 0 <= size <= _MAX_SIZE for size in shape):
-        raise FormatError(f"{where}: sizes must be integers from 0 to {_MAX_SIZE}, got {_brief(shape)}")
+        raise FormatError(f"{where}: sizes must be integers from 0 to {_MAX_SIZE}, got {brief(shape)}")
     if 0 in shape and math.prod(size for size in shape if size) > _MAX_EMPTY:
-        raise FormatError(f"{where}: shape of a weight without elements is too large, got {_brief(shape)}")
+        raise FormatError(f"{where}: shape of a weight without elements is too large, got {brief(shape)}")
     group_dim = content["group_dim"]
     if type(group_dim) is not int or not 0 <= group_dim < len(shape):
-        raise FormatError(f"{where}: group_dim must be in [0, {len(shape)}), got {_brief(group_dim)}")
+        raise FormatError(f"{where}: group_dim must be in [0, {len(shape)}), got {brief(group_dim)}")
     remainder = content["remainder"]
     if remainder not in ("error", "pad"):
-        raise FormatError(f"{where}: remainder must be 'error' or 'pad', got {_brief(remainder)}")
+        raise FormatError(f"{where}: remainder must be 'error' or 'pad', got {brief(remainder)}")
     if remainder == "error" and shape[group_dim] % pattern.m:
         raise FormatError(
             f"{where}: size {shape[group_dim]} of group dim {group_dim} is no multiple of m = {pattern.m}, "
@@ -138,20 +156,20 @@ def _entry(name: str, content: Any) -> PackedEntry:
         )
     dtype = content["dtype"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise FormatError(f"{where}: dtype must be one of {', '.join(_DTYPES)}, got {_brief(dtype)}")
+        raise FormatError(f"{where}: dtype must be one of {', '.join(_DTYPES)}, got {brief(dtype)}")
     if content["encoding"] != pattern.encoding:
         raise FormatError(
-            f"{where}: encoding of {pattern} is {pattern.encoding!r}, got {_brief(content['encoding'])}"
+            f"{where}: encoding of {pattern} is {pattern.encoding!r}, got {brief(content['encoding'])}"
         )
     return PackedEntry(pattern, group_dim, tuple(shape), remainder, _DTYPES[dtype])
 
 
 def _aliases(content: Any) -> dict[str, str]:
     if not isinstance(content, dict):
-        raise FormatError(f"'aliases' must be an object, got {_brief(content)}")
+        raise FormatError(f"'aliases' must be an object, got {brief(content)}")
     for alias, name in content.items():
         if not isinstance(name, str):
-            raise FormatError(f"alias {alias!r} must name a tensor, got {_brief(name)}")
+            raise FormatError(f"alias {alias!r} must name a tensor, got {brief(name)}")
         if name in content:
             raise FormatError(f"alias {alias!r} points to {name!r}, which is an alias itself")
     return content
@@ -159,17 +177,37 @@ def _aliases(content: Any) -> dict[str, str]:
 
 def _object(where: str, content: Any, keys: set[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise FormatError(f"{where} must be a JSON object, got {_brief(content)}")
+        raise FormatError(f"{where} must be a JSON object, got {brief(content)}")
     if content.keys() != keys:
         missing, unknown = sorted(keys - content.keys()), sorted(content.keys() - keys)
-        raise FormatError(f"{where}: missing entries {missing}, unknown entries {_brief(unknown)}")
+        raise FormatError(f"{where}: missing entries {missing}, unknown entries {brief(unknown)}")
     return content
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+def strict_json(what: str, text: str | bytes) -> Any:
+    """Parses JSON, and refuses what parsers disagree on: NaN, Infinity, and the same key twice.
+
+    Raises:
+        FormatError: If ``text`` is no such JSON; ``what`` is its name in the message.
+    """
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON number")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            twice = sorted({key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])})
+            raise ValueError(f"entries {brief(twice)} appear more than once")
+        return result
+
+    try:
+        return json.loads(text, parse_constant=no_constant, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{what} is no JSON: {error}") from None
 
 
-def _brief(value: object) -> str:
+def brief(value: object) -> str:
+    """``repr`` for a message, of what may be long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
