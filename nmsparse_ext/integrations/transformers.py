@@ -36,9 +36,9 @@ except ImportError as error:
 
 from ..deploy.convert import convert, ignore_in_ddp
 from ..deploy.detect import has_nonzero
-from ..deploy.files import _layout
 from ..deploy.format import VALUES, Contents
 from ..deploy.listeners import when_packed
+from ..deploy.stored import layout
 from ..engines import find_engine
 from ..errors import FormatError
 from ..ops import find_violation, nm_prune_
@@ -260,7 +260,7 @@ class NMSparseQuantizer(HfQuantizer):
         # weight is stored under each of its names.
         ordered = {name: tensors[name] for name in sorted(tensors, key=lambda name: name in ties)}
         twice = {name: cast(NMTensor, tensors[name]).clone() for name in packed if name in ties}
-        stored, contents = _layout(ordered | twice)
+        stored, contents = layout(ordered | twice)
         names = file_names(model, stored, contents.weights)
         written = Contents(
             {names[name + VALUES].removesuffix(VALUES): entry for name, entry in contents.weights.items()},
