@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -75,18 +75,21 @@ class NMTensor(torch.Tensor):
     def __new__(  # noqa: D102 - see the class
         cls: type[NMTensor],
         values: Tensor | None,
-        indices: Tensor | None,
-        pattern: Pattern,
-        group_dim: int,
-        shape: torch.Size | tuple[int, ...],
-        remainder: Remainder,
-        engine: str,
-        forms: tuple[Tensor, ...],
+        indices: Tensor | None = None,
+        pattern: Pattern | None = None,
+        group_dim: int = 0,
+        shape: torch.Size | tuple[int, ...] = (),
+        remainder: Remainder = "error",
+        engine: str = "decompress",
+        forms: tuple[Tensor, ...] = (),
         batch_dims: int = 0,
         shared: SharedForms | None = None,
+        requires_grad: bool = False,
     ) -> NMTensor:
         # Checks nothing: it runs for every detach and view. `compress` and `from_packed` are the public
         # doors.
+        if pattern is None:  # accelerate moves a parameter p by type(p)(moved, requires_grad=p.requires_grad)
+            return cast(NMTensor, torch.nn.Parameter(cast(Tensor, values), requires_grad=requires_grad))
         like = forms[0] if values is None else values
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         self.packed_values = values

@@ -135,6 +135,37 @@ def test_accelerate(accumulate: int, wrapped_first: bool) -> None:
     compare(accelerator.unwrap_model(model), sparsifier, by_hand(accumulate, clip=0.5))
 
 
+def test_accelerate_resumes(tmp_path: pathlib.Path) -> None:
+    """Its checkpoints hold the dense weights, in the optimizer's state: half of a run, and the other half."""
+    from accelerate import Accelerator
+
+    def part_of_run(steps: range, load: bool, seed: int) -> tuple[nn.Module, Sparsifier]:
+        accelerator = Accelerator(cpu=True)
+        model = mlp(torch.float32, seed)
+        optimizer = sgd(model)
+        sparsifier = Sparsifier(model, optimizer, "2:4", lambda_w=LAMBDA)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        if load:
+            accelerator.load_state(str(tmp_path / "state"))
+        for step, part in enumerate(DataLoader(Data(), batch_size=32)):
+            if step in steps:
+                accelerator.backward((model(part["x"]) - part["labels"]).pow(2).mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        if not load:
+            accelerator.save_state(str(tmp_path / "state"))
+        return accelerator.unwrap_model(model), sparsifier
+
+    part_of_run(range(STEPS // 2), load=False, seed=0)
+    model, sparsifier = part_of_run(range(STEPS // 2, STEPS), load=True, seed=7)
+    expected, by_hand_sparsifier = by_hand()
+    assert sparsifier.step == STEPS
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    for name in FULL:
+        torch.testing.assert_close(sparsifier.dense_weight(name), by_hand_sparsifier.dense_weight(name))
+
+
 class Net(nn.Module):
     """What the Trainer wants: labels in, a loss out."""
 
