@@ -12,11 +12,13 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._atomic import atomic_write
+
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -316,7 +318,9 @@ def save_png(figure: Figure, path: str | Path) -> Path:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110, facecolor="white")
     # A palette holds these few colours and their shades, and takes a third of the bytes.
-    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    small = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    with atomic_write(path) as file:
+        small.save(file, format="png", optimize=True)
     return Path(path)
 
 
@@ -327,12 +331,25 @@ def _svg(draw: Callable[[Axes], None], name: str, width: float, height: float) -
     """Draw one figure as inline SVG that takes its text and grid colours from the page."""
     import matplotlib
 
-    # hashsalt: ids inside the SVG, which must differ between the figures of a page and not change between
-    # runs.
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context(STYLE):
         figure = _figure(width, height)
         draw(figure.subplots())
-        text = io.StringIO()
+        return inline_svg(figure, name)
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """A figure as SVG to stand in a page; it takes its text and grid colours from there.
+
+    Args:
+        figure: The figure, drawn in `STYLE`.
+        name: Goes before every id in it; another one for each figure of a page.
+    """
+    import matplotlib
+
+    # hashsalt: ids inside the SVG, which must differ between the figures of a page and not change between
+    # runs.
+    text = io.StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(GRID, "var(--grid)")
@@ -358,21 +375,32 @@ def figures(result: Result) -> dict[str, str]:
     return drawn
 
 
-def render_html(result: Result) -> str:
-    """The report as one self-contained HTML page."""
+def page_environment() -> Environment:
+    """Jinja with this package's templates and the filters that its pages use."""
     import jinja2
 
-    source = resources.files("nmsparse_ext").joinpath("report_template.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("nmsparse_ext", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
         percent=percent, byte_size=byte_size, duration=duration, count=lambda value: f"{value:,}"
     )
+    return environment
+
+
+def render_html(result: Result) -> str:
+    """The report as one self-contained HTML page."""
+    from jinja2.utils import markupsafe
+
+    environment = page_environment()
     environment.globals.update(ratio_text=ratio_text)
-    svgs = {name: jinja2.utils.markupsafe.Markup(svg) for name, svg in figures(result).items()}
+    svgs = {name: markupsafe.Markup(svg) for name, svg in figures(result).items()}
     rows = method_rows(result)
-    return environment.from_string(source).render(
+    return environment.get_template("report_template.html").render(
         result=result,
         figures=svgs,
         rows=rows,

@@ -29,12 +29,17 @@ def save_chart(
     example_input: ExampleInput | None = None,
 ) -> Path:
     """Writes the picture of the prunable weights, those that searches count, as a PNG; see `draw_chart`."""
-    import matplotlib
-
     searchable = {weight.name for weight in prunable_weights(model)}
     rows = (row for row in summary(model, scheme, example_input) if row.name in searchable or row.pattern)
+    return save_summary_chart(Summary(tuple(rows)), path)
+
+
+def save_summary_chart(rows: Summary, path: str | os.PathLike[str]) -> Path:
+    """Writes the picture of a summary as a PNG; see `draw_chart`."""
+    import matplotlib
+
     with matplotlib.rc_context(STYLE):
-        return save_png(draw_chart(Summary(tuple(rows))), os.fspath(path))
+        return save_png(draw_chart(rows), os.fspath(path))
 
 
 def draw_chart(rows: Summary) -> Figure:

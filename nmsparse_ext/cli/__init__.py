@@ -21,11 +21,13 @@ from typing import Annotated
 
 import typer
 
+from nmsparse_ext.cli.bench import bench
 from nmsparse_ext.cli.demo import demo
 from nmsparse_ext.cli.explain import explain
 from nmsparse_ext.cli.info import info
 from nmsparse_ext.cli.inspect import inspect
 from nmsparse_ext.cli.pack import compress, decompress
+from nmsparse_ext.cli.report import report
 from nmsparse_ext.cli.search import search
 from nmsparse_ext.cli.study import study
 from nmsparse_ext.cli.train import train
@@ -48,6 +50,8 @@ app.command()(verify)
 app.command()(compress)
 app.command()(decompress)
 app.command()(explain)
+app.command()(bench)
+app.command()(report)
 app.command(context_settings=_TO_OTHERS)(search)
 app.command(context_settings={**_TO_OTHERS, "help_option_names": []}, add_help_option=False)(train)
 app.add_typer(study, name="study")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nmsparse_ext.cli.options import JsonOption, usage_errors
+from nmsparse_ext.cli.options import (
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    check_output,
+    usage_errors,
+)
+from nmsparse_ext.cli.output import emit, progress, show
 from nmsparse_ext.cli.sources import load_model
 
 if TYPE_CHECKING:
@@ -23,7 +29,7 @@ def search(
     model: Annotated[
         str,
         typer.Argument(
-            help="A recipe's name, a factory pkg.mod:fn, or the folder of a transformers model.",
+            help="A recipe's name, a factory pkg.mod:fn, the folder of a transformers model, or a file.",
             show_default=False,
         ),
     ],
@@ -65,46 +71,52 @@ def search(
     chart: Annotated[
         Path | None, typer.Option(help="A picture of the scheme (PNG).", show_default=False)
     ] = None,
+    dry_run: DryRunOption = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Search a pattern for every weight of MODEL within a budget, and save the scheme.
 
     Further flags go to the recipe: `nmsparse search digits-resnet --budget params=0.25 --start FILE`.
     """
-    with usage_errors():
-        try:
-            if method not in METHODS:
-                raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
-            found = load_model(model, context.args, step=step)
-            from nmsparse_ext import Budget
-            from nmsparse_ext.search import Constraints
+    with usage_errors("search,train"):
+        from nmsparse_ext import Budget
+        from nmsparse_ext.search import Constraints
 
-            limits = Budget.parse([part for text in budget for part in text.split(",")])
-            arguments: dict[str, Any] = {
-                "m": m,
-                "candidates": candidate or None,
-                "skip": found.skip if skip is None else skip,
-                "constraints": Constraints(embeds_in_24=embeds_in_24),
-                "example_input": found.example_input,
-            }
-            if permute is not None:
-                if method != "allocate" or found.example_input is None:
-                    raise ValueError("--permute needs --method allocate and a model with an example input")
-                arguments["permute"] = True
-            scheme, text, record = _run(found, method, criterion, limits, batches, max_steps, arguments)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{error}; the search needs `pip install nmsparse_ext[search,train]`") from None
+        if method not in METHODS:
+            raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
+        limits = Budget.parse([part for text in budget for part in text.split(",")])
+        outputs = [path for path in (out, chart, permute) if path is not None]
+        if not dry_run:
+            for path in outputs:
+                check_output(path, force)
+        found = load_model(model, context.args, step=step)
+        arguments: dict[str, Any] = {
+            "m": m,
+            "candidates": candidate or None,
+            "skip": found.skip if skip is None else skip,
+            "constraints": Constraints(embeds_in_24=embeds_in_24),
+            "example_input": found.example_input,
+        }
         if permute is not None:
+            if method != "allocate" or found.example_input is None:
+                raise ValueError("--permute needs --method allocate and a model with an example input")
+            arguments["permute"] = True
+        with progress("searching"):
+            scheme, text, record = _run(found, method, criterion, limits, batches, max_steps, arguments)
+        if permute is not None and not dry_run:
             from nmsparse_ext import save_file
 
             save_file(found.model, permute)
-        if out is not None:
+        if out is not None and not dry_run:
             scheme.save(out)
-        if chart is not None:
+        if chart is not None and not dry_run:
             from nmsparse_ext.scheme_chart import save_chart
 
             save_chart(found.model, scheme, chart, found.example_input)
-    typer.echo(json.dumps(record, indent=1) if as_json else _text(scheme, text, out))
+    record |= {"out": None if out is None else str(out), "written": not dry_run and bool(outputs)}
+    done = [f"would write {path}" if dry_run else f"saved to {path}" for path in outputs]
+    show(as_json, record, lambda: emit("\n".join([_text(scheme, text), *done])))
 
 
 def _run(
@@ -151,8 +163,8 @@ def _run(
     return scheme, f"{scheme}\nleft: {left}", record
 
 
-def _text(scheme: Scheme, text: str, out: Path | None) -> str:
+def _text(scheme: Scheme, text: str) -> str:
     width = max(map(len, (*scheme, *scheme.dense)), default=0)
     lines = [f"{name:<{width}}  {pattern}" for name, pattern in scheme.items()]
     lines += [f"{name:<{width}}  dense: {reason}" for name, reason in scheme.dense.items()]
-    return "\n".join([*lines, text, *([f"saved to {out}"] if out else [])])
+    return "\n".join([*lines, text])

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from nmsparse_ext.cli.options import usage_errors
+from nmsparse_ext.cli.options import JsonOption, usage_errors
+from nmsparse_ext.cli.output import emit, show
 
 study = typer.Typer(help="Put questions to small recipes, by a plan fixed beforehand.", no_args_is_help=True)
 
@@ -30,6 +31,7 @@ def study_run(
     plan: PlanOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Make at most this many runs.")] = None,
     only: Annotated[str | None, typer.Option(help="Make the runs of this experiment alone.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Make the runs of the plan that FILE lacks, one after the other, adding a line for each."""
     with usage_errors():
@@ -42,10 +44,11 @@ def study_run(
             limit=limit,
             only=only,
             report=lambda done, total, record: typer.echo(
-                f"{done}/{total} {record['key']}: {record['test'] or record['validation']}"
+                f"{done}/{total} {record['key']}: {record['test'] or record['validation']}", err=as_json
             ),
         )
-    typer.echo("complete" if complete else "not complete yet")
+    record = {"file": str(file), "complete": complete}
+    show(as_json, record, lambda: emit("complete" if complete else "not complete yet"))
 
 
 @study.command("report")
@@ -53,10 +56,12 @@ def study_report(
     file: ResultsArgument,
     out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("."),
     plan: PlanOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the study's page, with tables and plots, from the results in FILE."""
     with usage_errors():
         from nmsparse_ext.recipes.study.plan import load_plan
         from nmsparse_ext.recipes.study.report import write_report
 
-        typer.echo(str(write_report(file, load_plan(plan), out)))
+        page = write_report(file, load_plan(plan), out)
+    show(as_json, {"page": str(page)}, lambda: emit(str(page)))

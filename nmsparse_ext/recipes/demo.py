@@ -356,7 +356,7 @@ def _progress(console: Console, settings: Settings) -> Iterator[Callable[[str], 
         Progress,
         SpinnerColumn,
         TextColumn,
-        TimeElapsedColumn,
+        TimeRemainingColumn,
     )
 
     columns = (
@@ -364,7 +364,7 @@ def _progress(console: Console, settings: Settings) -> Iterator[Callable[[str], 
         TextColumn("{task.description:<44}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
     total = len(digits.METHODS) * settings.seeds * settings.epochs + 5
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

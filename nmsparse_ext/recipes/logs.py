@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ class Logs:
         if main and config.progress:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=None)
         if self._path is not None:
             write_csv(self._path, rows)
         if out is not None and config.tensorboard:
@@ -58,7 +59,8 @@ class Logs:
                     self._board.add_scalar(name.replace("_", "/", 1), value, row["step"])
         if self._bar is not None:
             shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k.startswith("validation_"))
-            self._bar.write(f"epoch {row['epoch']}: train_loss {row['train_loss']:.4f}, {shown}")
+            line = f"epoch {row['epoch']}: train_loss {row['train_loss']:.4f}, {shown}"
+            self._bar.write(line, file=sys.stderr)  # standard output is for results
 
     def __enter__(self) -> Logs:
         return self

@@ -417,5 +417,5 @@ def _bar(wanted: bool, done: int) -> Iterator[tqdm[Any] | None]:
     if not wanted:
         yield None
         return
-    with tqdm(initial=done, unit="step", desc="DominoSearch", dynamic_ncols=True) as bar:
+    with tqdm(disable=None, initial=done, unit="step", desc="DominoSearch", dynamic_ncols=True) as bar:
         yield bar
