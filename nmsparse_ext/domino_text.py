@@ -1,4 +1,4 @@
-"""Reads the scheme text that the code of the DominoSearch paper writes.
+"""Reads and writes the scheme text that the code of the DominoSearch paper writes.
 
 Grammar: the first line is a Python dict literal, such as ``{'SparseConv0_3-64-(7, 7)': [16, 16],
 'Linear0_2048-1000': [4, 16]}``. A key is the layer's type, its number among those, input and output channels,
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -40,6 +41,7 @@ class _Layer:
     name: str  # the scheme's key, or the model's parameter name
     shape: _Shape
     position: int  # among layers of its type
+    names: tuple[str, ...] = ()  # all names of a tied weight
 
 
 def parse(text: str) -> dict[str, Pattern]:
@@ -105,6 +107,28 @@ def match(table: dict[str, Pattern], model: nn.Module) -> Scheme:
     )
 
 
+def dump(patterns: Mapping[str, Pattern], model: nn.Module, *, dense: Pattern) -> str:
+    """Returns the text for a model whose weights have these patterns; the others are listed as ``dense``.
+
+    Raises:
+        ValueError: If a pattern is of a weight that the text has no line for.
+    """
+    layers = _model_layers(model)
+    unknown = sorted(patterns.keys() - {name for layer in layers for name in layer.names})
+    if unknown:
+        raise ValueError(
+            f"DominoSearch knows 2-D convolutions and linear layers only, not {', '.join(unknown)}"
+        )
+    table = {}
+    for layer in layers:
+        inputs, outputs, *kernel = layer.shape
+        kind = f"SparseConv{layer.position}" if kernel else f"Linear{layer.position}"
+        key = f"{kind}_{inputs}-{outputs}" + (f"-({kernel[0]}, {kernel[1]})" if kernel else "")
+        pattern = next((patterns[name] for name in layer.names if name in patterns), dense)
+        table[key] = [pattern.n, pattern.m]
+    return repr(table) + "\n"
+
+
 def _table_layers(table: dict[str, Pattern]) -> list[_Layer]:
     layers = []
     counts = {2: 0, 4: 0}
@@ -119,19 +143,19 @@ def _table_layers(table: dict[str, Pattern]) -> list[_Layer]:
 
 def _model_layers(model: nn.Module) -> list[_Layer]:
     """The model's 2-D convolutions and linear layers, in the order in which the authors' models have them."""
-    names = {(id(module), attr): weight.name for weight in weights(model) for module, attr in weight.places}
+    known = {(id(module), attr): weight for weight in weights(model) for module, attr in weight.places}
     layers: dict[str, _Layer] = {}
     counts = {2: 0, 4: 0}
 
     def visit(module: nn.Module) -> None:
-        name = names.get((id(module), "weight"))
+        weight = known.get((id(module), "weight"))
         shape: _Shape = ()
         if isinstance(module, nn.Conv2d):
             shape = (module.in_channels, module.out_channels, *module.kernel_size)
         elif isinstance(module, nn.Linear):
             shape = (module.in_features, module.out_features)
-        if shape and name is not None and name not in layers:
-            layers[name] = _Layer(name, shape, counts[len(shape)])
+        if shape and weight is not None and weight.name not in layers:
+            layers[weight.name] = _Layer(weight.name, shape, counts[len(shape)], weight.names)
             counts[len(shape)] += 1
         # The sort is stable: side branches go last, the others stay as they are.
         for _, child in sorted(module.named_children(), key=lambda item: item[0] in _SIDE_BRANCHES):

@@ -13,6 +13,7 @@ from .detect import USUAL_PATTERNS, detect_pattern
 from .files import load_file, load_into, save_file
 from .fold import fold_batch_norm
 from .fuse import fuse_activations
+from .interchange import FORMATS, OnnxWeight, PeerFormat, detect_format, export_onnx, from_peer, to_peer
 from .report import LayerReport, Report, report
 from .summary import Summary, WeightSummary, summary
 
@@ -20,14 +21,20 @@ if TYPE_CHECKING:
     from .inductor import inductor_options
 
 __all__ = [
+    "FORMATS",
     "USUAL_PATTERNS",
     "LayerReport",
+    "OnnxWeight",
+    "PeerFormat",
     "Report",
     "Summary",
     "WeightSummary",
     "convert",
+    "detect_format",
     "detect_pattern",
+    "export_onnx",
     "fold_batch_norm",
+    "from_peer",
     "fuse_activations",
     "ignore_in_ddp",
     "inductor_options",
@@ -36,6 +43,7 @@ __all__ = [
     "report",
     "save_file",
     "summary",
+    "to_peer",
 ]
 
 

@@ -33,7 +33,7 @@ def run_example(
     Raises:
         TypeError: If ``example_input`` is none of these.
     """
-    args, kwargs = _arguments(example_input)
+    args, kwargs = call_arguments(example_input)
     hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before.items()]
     try:
         with _evaluating(model), _without_fast_path():
@@ -55,7 +55,7 @@ def example_call(
         dtype: Dtype of autocast, or ``None``.
         compiled: Whether compiled code may run.
     """
-    args, kwargs = _arguments(example_input)
+    args, kwargs = call_arguments(example_input)
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     stance = "default" if compiled else "force_eager"
     with (
@@ -85,7 +85,8 @@ def tokens(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> int:
     return input.numel() // channels
 
 
-def _arguments(example_input: ExampleInput) -> tuple[tuple, dict[str, Any]]:
+def call_arguments(example_input: ExampleInput) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword arguments of the call that an example input stands for."""
     if isinstance(example_input, Tensor):
         return (example_input,), {}
     if isinstance(example_input, Mapping):

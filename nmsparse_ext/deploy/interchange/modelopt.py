@@ -1,0 +1,88 @@
+"""NVIDIA ModelOpt: what ``mto.save`` writes after ``mts.sparsify``.
+
+A torch checkpoint with ``modelopt_state`` (which modes were applied) and ``model_state_dict``, in which a
+sparse module has its dense weight and a bool buffer ``_weight_mask``; the mask is applied whenever the weight
+is used. After ``mts.export`` there are only weights with zeros, which are a dense checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import FormatError
+from ...tensor import NMTensor
+from ...weights import canonical_name
+from ._containers import write_torch
+from ._packing import dense, mask_of, pack_masked
+from ._peer import PeerFormat, Reading, Source, Writing
+
+_MASK = "_weight_mask"
+#: The version whose ``mto.restore`` our files are tested with; restoring says so where another one runs.
+VERSION = "0.47.0"
+# What `mts.sparsify(model, "sparse_magnitude")` notes down as its rules, by registered module type.
+_RULES: dict[str, dict[str, dict | None]] = {
+    "nn.Linear": {"*": {}, "*lm_head*": None},
+    "nn.Conv2d": {"*": {}, "*lm_head*": None},
+}
+
+
+def _is_mask(name: str) -> bool:
+    return name == _MASK or name.endswith("." + _MASK)
+
+
+def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
+    known = reading.weights()
+    result = {name: tensor for name, tensor in source.tensors.items() if not _is_mask(name)}
+    for mask_name, mask in source.tensors.items():
+        if not _is_mask(mask_name):
+            continue
+        name = mask_name.removesuffix(_MASK) + "weight"
+        if name not in result:
+            raise FormatError(f"there is a mask {mask_name!r}, but no {name!r}")
+        group_dim = reading.group_dim(name, result[name], known)
+        result[name] = pack_masked(name, result[name], mask, reading, group_dim)
+    return result
+
+
+def _write(writing: Writing) -> dict[str, Any]:
+    model = writing.model
+    if model is None:
+        raise ValueError("model must be given: ModelOpt's file lists all modules that it could have pruned")
+    result: dict[str, Tensor] = {name: dense(tensor) for name, tensor in writing.tensors.items()}
+    config: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if type(module) not in (nn.Linear, nn.Conv2d):
+            continue
+        prefix = f"{canonical_name(path)}." if path else ""
+        weight = writing.tensors.get(prefix + "weight")
+        if isinstance(weight, NMTensor):
+            result[prefix + _MASK] = mask_of(weight)
+        if "lm_head" not in path:
+            # -1 is ModelOpt's choice of a mask, 0 of none.
+            config[f"{prefix}is_sparse"] = -1 if isinstance(weight, NMTensor) else 0
+    checkpoint = {
+        "modelopt_state": {
+            "modelopt_state_dict": [
+                ("sparse_magnitude", {"config": _RULES, "metadata": {"subnet_config": config}})
+            ],
+            "modelopt_version": VERSION,
+        },
+        "model_state_dict": result,
+    }
+    if writing.destination is not None:
+        write_torch(checkpoint, writing.destination)
+    return checkpoint
+
+
+MODELOPT = PeerFormat(
+    name="modelopt",
+    title="NVIDIA ModelOpt: what mto.save writes",
+    recognises=lambda source: "modelopt_state" in source.entries or any(map(_is_mask, source.tensors)),
+    read=_read,
+    write=_write,
+    verified=f"nvidia-modelopt {VERSION}: mts.sparsify, mto.save, mto.restore, both directions",
+    lossy="reading drops dense weights under the mask and quantizer states; weights of modules other than "
+    "Linear and Conv2d are written dense",
+)

@@ -1,0 +1,70 @@
+"""This project's own files, and dense checkpoints with the zeros in place."""
+
+from __future__ import annotations
+
+from safetensors.torch import save_file as write_safetensors
+from torch import Tensor
+
+from ..._atomic import atomic_write
+from ..files import save_file
+from ..stored import unlayout
+from ._containers import write_torch
+from ._packing import dense, pack_dense
+from ._peer import PeerFormat, Reading, Source, Writing
+
+
+def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
+    return unlayout(dict(source.tensors), source.contents)
+
+
+def _write(writing: Writing) -> dict[str, Tensor]:
+    stored: dict[str, Tensor] = dict(writing.tensors)
+    if writing.destination is not None:
+        save_file(stored, writing.destination, **writing.options)
+    return stored
+
+
+def _read_dense(source: Source, reading: Reading) -> dict[str, Tensor]:
+    known = reading.weights()
+    return {
+        name: pack_dense(
+            name, tensor, reading, reading.group_dim(name, tensor, known), prune=bool(reading.prune)
+        )
+        for name, tensor in source.tensors.items()
+    }
+
+
+def _write_dense(writing: Writing) -> dict[str, Tensor]:
+    made: dict[int, Tensor] = {}
+    tensors = {name: made.setdefault(id(t), dense(t)) for name, t in writing.tensors.items()}
+    path = writing.destination
+    if path is None:
+        return tensors
+    if not path.endswith(".safetensors"):
+        write_torch(tensors, path)
+        return tensors
+    # Without the ties: any reader finds each name. What is stored twice must not share memory.
+    plain = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
+    with atomic_write(path) as file:
+        write_safetensors(plain, file.name, {"format": "pt"})
+    return tensors
+
+
+NATIVE = PeerFormat(
+    name="nmsparse",
+    title="files of this project (docs/format.md)",
+    recognises=lambda source: bool(source.contents.weights or source.contents.aliases),
+    read=_read,
+    write=_write,
+    options=frozenset({"max_shard_size"}),
+    verified="an independent reader written from the specification",
+)
+DENSE = PeerFormat(
+    name="dense",
+    title="dense checkpoints, safetensors or torch, with zeros in place",
+    recognises=lambda source: bool(source.tensors),
+    read=_read_dense,
+    write=_write_dense,
+    verified="safetensors, torch.save",
+    lossy="which zeros were kept and which pruned; the pattern, where a tighter one holds too",
+)

@@ -1,0 +1,81 @@
+"""``torch.ao.pruning``: masks in parametrizations, as ``WeightNormSparsifier.prepare`` puts them there.
+
+A pruned weight is ``<module>.parametrizations.<name>.original`` and, for each parametrization that holds one,
+a mask ``<module>.parametrizations.<name>.<i>.mask`` of ones and zeros in the weight's dtype.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from ...errors import FormatError
+from ...tensor import NMTensor
+from ._containers import write_torch
+from ._packing import dense, mask_of, pack_masked
+from ._peer import PeerFormat, Reading, Source, Writing
+
+_ORIGINAL = re.compile(r"(.*\.)?parametrizations\.([^.]+)\.original")
+_MASK = re.compile(r"(.*\.)?parametrizations\.([^.]+)\.([0-9]{1,4})\.mask")
+
+
+def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
+    known = reading.weights()
+    originals: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
+    for name, tensor in source.tensors.items():
+        original, mask = _ORIGINAL.fullmatch(name), _MASK.fullmatch(name)
+        if original is not None:
+            originals[(original[1] or "") + original[2]] = tensor
+        elif mask is not None:
+            of = (mask[1] or "") + mask[2]
+            ones = tensor.ne(0)
+            if of in masks and masks[of].shape != ones.shape:
+                raise FormatError(f"{of}: masks of shapes {list(masks[of].shape)} and {list(ones.shape)}")
+            masks[of] = masks[of] & ones if of in masks else ones
+        elif ".parametrizations." in f".{name}":
+            raise FormatError(f"{name!r} is of a parametrization that is no mask; remove it first")
+        else:
+            result[name] = tensor
+    for name in masks:
+        if name not in originals:
+            raise FormatError(f"there is a mask of {name!r}, but no original")
+    for name, weight in originals.items():
+        if name in result or name not in masks:
+            raise FormatError(
+                f"{name!r} has an original, but {'is there too' if name in result else 'no mask'}"
+            )
+        group_dim = reading.group_dim(name, weight, known)
+        result[name] = pack_masked(name, weight, masks[name], reading, group_dim)
+    return result
+
+
+def _write(writing: Writing) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    for name, tensor in writing.tensors.items():
+        if not isinstance(tensor, NMTensor):
+            result[name] = tensor.detach()
+            continue
+        module, _, parameter = name.rpartition(".")
+        prefix = f"{module}{'.' if module else ''}parametrizations.{parameter}."
+        result[prefix + "original"] = dense(tensor)
+        result[prefix + "0.mask"] = mask_of(tensor).to(
+            tensor.dtype if tensor.is_floating_point() else torch.float32
+        )
+    if writing.destination is not None:
+        write_torch(result, writing.destination)
+    return result
+
+
+TORCH_PRUNING = PeerFormat(
+    name="torch-pruning",
+    title="torch.ao.pruning: masks in parametrizations",
+    recognises=lambda source: any(_MASK.fullmatch(name) for name in source.tensors),
+    read=_read,
+    write=_write,
+    verified="torch.ao.pruning.WeightNormSparsifier, both directions",
+    lossy="reading drops what the original holds under the mask",
+)
