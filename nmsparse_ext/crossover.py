@@ -116,7 +116,7 @@ def _why_no_small_batch_on(device: torch.device) -> str | None:
         return f"the small-batch kernel runs on NVIDIA GPUs, not on {device.type}"
     if extension is None or not extension.build_info()["cuda"]:
         return "this build has no CUDA kernels"
-    if not hasattr(torch.ops.nmsparse, "small_batch_linear"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("nmsparse::small_batch_linear", "CUDA"):
         return "this build has no small-batch kernel"
     return None
 

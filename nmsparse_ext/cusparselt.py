@@ -286,7 +286,9 @@ def multiply(
         x, weight.blob, bias, scales, alpha, weight.rows, fused, out, choice.algorithm, choice.split_k,
         choice.split_k_mode,
     )  # fmt: skip
-    return y if is_fused else getattr(torch.nn.functional, activation)(y)
+    if not is_fused:
+        torch.ops.nmsparse.epilogue_(y, None, None, activation)
+    return y
 
 
 def _multiply_again(

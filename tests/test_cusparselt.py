@@ -154,6 +154,71 @@ def test_compiled_and_fake() -> None:
         assert y.shape == (5, 16)
 
 
+# ------------------------------------------------------------------------------------ gradients and autocast
+
+
+def transposable(rows: int, k: int) -> nms.NMTensor:
+    """2:4 along its rows as well."""
+    w = integers(rows, k, dtype=torch.bfloat16)
+    return nms.compress(torch.where(nms.transposable_mask(w), w, 0), "2:4")
+
+
+@pytest.mark.parametrize("activation", cusparselt.ACTIVATIONS)
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_gradients_of_input_and_bias(activation: str, both_ways: bool) -> None:
+    w = transposable(32, 64) if both_ways else weight(32, 64, dtype=torch.bfloat16)
+    packed = cusparselt.pack(w, gradients=True)
+    assert packed.backing is not None
+    assert (packed.backing.transposed is not None) == both_ways
+    x = torch.randn(2, 5, 64, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(32, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(2, 5, 32, dtype=torch.bfloat16)
+    cusparselt.linear(x, packed, bias, alpha=0.5, activation=activation).backward(grad)
+    exact_x, exact_bias = (t.detach().float().requires_grad_() for t in (x, bias))
+    y = 0.5 * F.linear(exact_x, w.to_dense().float()) + exact_bias
+    (y if activation == "none" else getattr(F, activation)(y)).backward(grad.float())
+    torch.testing.assert_close(x.grad.float(), exact_x.grad, rtol=0.05, atol=0.1)
+    torch.testing.assert_close(bias.grad.float(), exact_bias.grad, rtol=0.05, atol=0.1)
+
+
+def test_gradients_of_a_batch_of_weights_and_in_a_graph() -> None:
+    w = weight(3, 16, 32, dtype=torch.float32)
+    packed = cusparselt.pack(w, gradients=True)
+
+    def product(x: Tensor, bias: Tensor) -> Tensor:
+        return cusparselt.linear(x, packed, bias, activation="silu")
+
+    for call in (product, torch.compile(product, backend="aot_eager", fullgraph=True)):
+        x = torch.randn(3, 5, 32, requires_grad=True)
+        bias = torch.randn(16, requires_grad=True)
+        call(x, bias).square().sum().backward()
+        expected = x.detach().requires_grad_(), bias.detach().requires_grad_()
+        F.silu(expected[0] @ w.to_dense().mT + expected[1]).square().sum().backward()
+        torch.testing.assert_close(x.grad, expected[0].grad)
+        torch.testing.assert_close(bias.grad, expected[1].grad)
+
+
+def test_which_gradients_there_are_not() -> None:
+    with pytest.raises(TypeError, match=r"weight of .*int8 has no gradients"):
+        cusparselt.pack(weight(32, 32, dtype=torch.int8), gradients=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_autocast(dtype: torch.dtype) -> None:
+    w = weight(32, 64, dtype=dtype)
+    packed = cusparselt.pack(w, gradients=True)
+    x = integers(5, 64, dtype=torch.float32).requires_grad_()
+    bias = integers(32, dtype=torch.float32).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = cusparselt.linear(x, packed, bias, activation="relu")
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    expected = F.relu(x.detach() @ w.to_dense().float().T + bias.detach())
+    assert torch.equal(y.float(), expected.bfloat16().float())
+    torch.testing.assert_close(x.grad, (expected > 0).float() @ w.to_dense().float())
+    torch.testing.assert_close(bias.grad, (expected > 0).float().sum(0))
+
+
 # --------------------------------------------------------------------------------------------------- errors
 
 

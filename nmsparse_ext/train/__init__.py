@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .accelerate import Accelerate
 from .rules import Rule, SrSte, Static, Ste, Step
 from .sad import SadHistory
 from .schedule import DecayingMask, DenseTail, DenseWarmup, Freeze, Gradual, RefreshEvery, Schedule
@@ -9,6 +10,7 @@ from .sparsifier import Sparsifier
 from .weight import SparseWeight
 
 __all__ = [
+    "Accelerate",
     "DecayingMask",
     "DenseTail",
     "DenseWarmup",

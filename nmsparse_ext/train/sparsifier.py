@@ -16,6 +16,7 @@ from ..pattern import Pattern
 from ..scheme import Scheme, as_scheme
 from ..weights import canonical_name
 from ..weights import weights as list_weights
+from .accelerate import Accelerate, Accelerator
 from .checkpoint import StateHooks, saved_step
 from .dtensor import is_dtensor, local_of, shard_groups
 from .guard import (
@@ -83,6 +84,9 @@ class Sparsifier:
             for any method, on matrices and convolutions with the pattern 2:4.
         process_group: The ranks that train the same model, which are compared at the first step: ``None`` for
             all of them, ``False`` for no comparison.
+        accelerate: ``"cusparselt"`` or an `Accelerate`: the products of ``nn.Linear`` layers run on sparse
+            tensor cores, the forward ones and with ``transposable`` the gradients of inputs too, from a copy
+            of the weight that is packed once a step; see `accelerated`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -111,6 +115,7 @@ class Sparsifier:
         penalty: str = "gradient",
         transposable: bool = False,
         process_group: Any = None,
+        accelerate: str | Accelerate | None = None,
     ) -> None:
         optimizer = check_optimizer(optimizer)
         check_model(model, scheme)
@@ -118,6 +123,7 @@ class Sparsifier:
         self._model = model
         self._process_group = process_group
         rule = make_rule(method, lambda_w, penalty)
+        settings = Accelerate.of(accelerate)
 
         resolved = self._scheme.resolve(model)
         parameters = {name: weight.parameter for name, weight in resolved.items()}
@@ -140,6 +146,7 @@ class Sparsifier:
         self._first_masks()
         self._remembered: dict[int, dict[str, Tensor]] = {}
         self.remember()
+        self._accelerator = None if settings is None else Accelerator(settings, self._weights, self._places)
         self._attach()
 
     # --------------------------------------------------------------------------------------------- reading
@@ -179,6 +186,17 @@ class Sparsifier:
     def patterns(self) -> dict[str, Pattern]:
         """The patterns of the masks as they are now; the scheme's, unless there is a schedule."""
         return {name: weight.mask_pattern or weight.pattern for name, weight in self._weights.items()}
+
+    @property
+    def accelerated(self) -> dict[str, str | None]:
+        """For each weight: ``None`` if its products run on sparse tensor cores, or why they are dense ones.
+
+        A weight that a schedule or a rule lets more take part of than its mask keeps, or that somebody has
+        written to since the last step, is multiplied dense until that is over.
+        """
+        if self._accelerator is None:
+            return dict.fromkeys(self._weights, "accelerate was not asked for")
+        return dict(self._accelerator.reasons)
 
     def sad(self, since: int | None = None) -> dict[str, int]:
         """Sparse Architecture Divergence: how many weights are kept in one mask and pruned in another.
@@ -287,6 +305,8 @@ class Sparsifier:
         stepper.finished = True
         for handle in self._handles:
             handle.remove()
+        if self._accelerator is not None:
+            self._accelerator.detach()
         release(self._parameters)
         stepper.exchange.take_state()
         for group in self.optimizer.param_groups:
@@ -332,8 +352,15 @@ class Sparsifier:
             optimizer.register_load_state_dict_pre_hook(state.before_load_state_dict),
             optimizer.register_load_state_dict_post_hook(state.after_load_state_dict),
         ]
+        if self._accelerator is not None:
+            self._handles.append(optimizer.register_step_post_hook(torch.compiler.disable(self._vouch)))
+            self._vouch()
         set_sparsifier(optimizer, self)
         stepper.write_step()
+
+    def _vouch(self, *_: object) -> None:
+        if self._accelerator is not None:
+            self._accelerator.vouch(self._stepper.rule)
 
     @torch.no_grad()
     def _first_masks(self) -> None:
@@ -422,6 +449,7 @@ class Sparsifier:
             step: {name: bits.to(self._weights[name].bits.device) for name, bits in masks.items()}
             for step, masks in state["remembered"].items()
         }
+        self._vouch()
         stepper.write_step()
 
     def __getstate__(self) -> dict[str, Any]:
