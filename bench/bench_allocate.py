@@ -84,7 +84,7 @@ def step_on(batch: dict[str, Tensor]) -> Callable[[nn.Module], Tensor]:
 
 
 def cases(dry: bool) -> list[Case]:
-    side, tokens = (32, 16) if dry else (224, 512)
+    side, tokens = (32, 16) if dry else (224, 256)
     return [
         Case(
             "ResNet-50",
@@ -98,7 +98,7 @@ def cases(dry: bool) -> list[Case]:
             "Llama, 1B parameters, bfloat16",
             lambda: llama(dry),
             ({"params": 0.125}, {"params": 0.25, "bytes": 0.3}),
-            ("magnitude",),
+            ("magnitude", "output"),
             lambda: {"input_ids": torch.randint(100, (1, tokens))},
             60.0,
         ),

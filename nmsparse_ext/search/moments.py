@@ -5,7 +5,9 @@ With x one column of inputs to a linear map W, pruning D of W changes the output
 A convolution is the linear map of its patches.
 
 H of a layer with K inputs has K^2 entries. It is held in diagonal blocks of at most `BLOCK` inputs: exact for
-layers up to that width, and for wider ones without the correlations between inputs of different blocks.
+layers up to that width, and for wider ones without the correlations between inputs of different blocks. As
+long as less than half as many x came as a block has inputs, they are held themselves: ``mean |D x|^2`` is
+then the cheaper way to the same error, and exact for wide layers, too.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ class Moments:
         dtype: What is added up in.
 
     Attributes:
-        blocks: ``[matrices or 1, size, size]`` for consecutive inputs.
         counts: How many columns they are the mean of, for each matrix.
     """
 
     def __init__(
         self, matrices: int = 1, *, block: int | None = -1, dtype: torch.dtype = torch.float32
     ) -> None:
-        self.blocks: list[Tensor] = []
+        self._blocks: list[Tensor] = []
+        self._held: list[Tensor] = []  # columns that are in no block yet: [count, matrices or 1, inputs]
         self.counts: list[int] = [0]
         self._matrices = matrices
         self._block = BLOCK if block == -1 else block
@@ -53,37 +55,63 @@ class Moments:
         """How many columns came, to the matrix that most of them came to."""
         return max(self.counts)
 
+    @property
+    def blocks(self) -> list[Tensor]:
+        """``[matrices or 1, size, size]`` for consecutive inputs."""
+        held, self._held = self._held, []
+        if held:
+            self.counts = [0] * len(self.counts)
+            self._add(torch.cat(held), None)
+        return self._blocks
+
     def add(self, columns: Columns) -> None:
         """Takes more columns into the mean."""
         values, at = columns
         if not len(values):
             return
-        size = values.shape[2]
-        parts = values.to(self._dtype).split(self._block or max(1, size), dim=2)
-        if not self.blocks:
+        values = values.to(self._dtype)
+        if self._can_hold(values, at):
+            self._held.append(values.clone())
+            self.counts = [self.count + len(values)] * values.shape[1]
+            return
+        _ = self.blocks
+        self._add(values, at)
+
+    def _can_hold(self, values: Tensor, at: int | None) -> bool:
+        """Whether more columns are fewer than half a block's inputs still, and go to all matrices alike."""
+        if at is not None or self._blocks or (self._held and self._held[0].shape[1] != values.shape[1]):
+            return False
+        width = values.shape[2]
+        return 2 * (self.count + len(values)) <= min(width, self._block or width)
+
+    def _add(self, values: Tensor, at: int | None) -> None:
+        parts = values.split(self._block or max(1, values.shape[2]), dim=2)
+        if not self._blocks:
             self.counts = [0] * values.shape[1]
-            self.blocks = [
+            self._blocks = [
                 p.new_zeros(values.shape[1], p.shape[2], p.shape[2], dtype=self._dtype) for p in parts
             ]
         if at is not None and len(self.counts) == 1 < self._matrices:
             # From now on they differ.
             self.counts = self.counts * self._matrices
-            self.blocks = [block.repeat(self._matrices, 1, 1) for block in self.blocks]
+            self._blocks = [block.repeat(self._matrices, 1, 1) for block in self._blocks]
         if at is None and values.shape[1] < len(self.counts):
             for matrix in range(len(self.counts)):
-                self.add(Columns(values, matrix))
+                self._add(values, matrix)
             return
         chosen = slice(None) if at is None else slice(at, at + 1)
         before = self.counts[chosen][0]
         count = before + len(values)
         self.counts[chosen] = [count] * len(self.counts[chosen])
-        for block, part in zip(self.blocks, parts, strict=True):
+        for block, part in zip(self._blocks, parts, strict=True):
             # mean += (x x^T - mean) / count, for as many columns as came.
             by_matrix, mean = part.transpose(0, 1), block[chosen]
             torch.baddbmm(mean, by_matrix.mT, by_matrix, beta=before / count, alpha=1 / count, out=mean)
 
     def squares(self) -> Tensor:
         """``E[x^2]`` of each input: ``[matrices or 1, inputs]``."""
+        if self._held:
+            return torch.cat(self._held).square().mean(0)
         return torch.cat([block.diagonal(dim1=1, dim2=2) for block in self.blocks], dim=1)
 
     def error(self, change: Tensor) -> float:
@@ -91,9 +119,14 @@ class Moments:
 
         Of matrices that not all columns came to it is the mean over those that came to any.
         """
-        if not self.blocks:
+        if self.count == 0:
             return 0.0
-        parts = change.to(self._dtype).split(self.blocks[0].shape[1], dim=2)
+        change = change.to(self._dtype)
+        if self._held:
+            columns = torch.cat(self._held).permute(1, 2, 0)  # [matrices or 1, inputs, count]
+            outputs = change.flatten(0, 1) @ columns[0] if len(columns) == 1 else change @ columns
+            return float(outputs.square_().sum(dtype=torch.float64)) / self.count
+        parts = change.split(self.blocks[0].shape[1], dim=2)
         products = sum(
             ((part @ block) * part).sum((1, 2), dtype=torch.float64)
             for part, block in zip(parts, self.blocks, strict=True)

@@ -211,3 +211,29 @@ def test_unknown_modules_and_unreached_ones_are_refused():
         input_moments(model, {w.name: w for w in weights(model)}, [torch.randn(2, 8)])
     with pytest.raises(TypeError, match="example_input must be"):
         input_moments(model, {"used.weight": weights(model)[0]}, [3])
+
+
+def test_few_columns_give_the_same_error_without_moments():
+    """Held columns and moments agree; the second way begins once enough columns came."""
+    few, many = torch.randn(5, 1, 32), torch.randn(30, 1, 32)
+    change = torch.randn(1, 7, 32)
+    found = Moments()
+    for columns, count in ((few, 5), (many, 35)):
+        found.add(Columns(columns))
+        seen = few if count == 5 else torch.cat([few, many])
+        expected = (seen[:, 0] @ change[0].T).square().sum() / count
+        assert found.count == count
+        assert found.error(change) == pytest.approx(float(expected), rel=1e-5)
+        torch.testing.assert_close(found.squares(), seen.square().mean(0))
+    torch.testing.assert_close(found.blocks[0][0], seen[:, 0].T @ seen[:, 0] / 35)
+
+
+def test_held_columns_become_moments_when_asked_for():
+    found = Moments()
+    x = torch.randn(5, 1, 32)
+    found.add(Columns(x))
+    x.zero_()  # what was added does not change with it
+    assert found.error(torch.ones(1, 2, 32)) > 0
+    assert found.blocks[0].shape == (1, 32, 32)
+    assert found.counts == [5]
+    assert not found.blocks[0].eq(0).all()
