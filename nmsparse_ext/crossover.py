@@ -169,7 +169,9 @@ class Choices(NamedTuple):
     def __str__(self) -> str:
         parts, first = [], 1
         for bound, branch in zip((*self.bounds, None), self.branches, strict=True):
-            span = f"from {first}" if bound is None else f"{first} to {bound}"
+            span = (
+                f"from {first}" if bound is None else f"{first} to {bound}" if bound > first else f"{first}"
+            )
             parts.append(f"{branch} {span}" if len(self.branches) > 1 else f"{branch} always")
             first = (bound or 0) + 1
         return ", ".join(parts) + (" tokens" if len(self.branches) > 1 else "")

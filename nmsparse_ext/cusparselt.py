@@ -41,6 +41,7 @@ __all__ = [
     "Choice",
     "Found",
     "LtWeight",
+    "algorithms_path",
     "clear",
     "linear",
     "pack",
@@ -379,6 +380,11 @@ def set_search_mode(mode: SearchMode, *, path: str | os.PathLike[str] | None = N
     _mode = mode
     if path is not None:
         _algorithms = Algorithms(path)
+
+
+def algorithms_path() -> str:
+    """The file that found algorithms are kept in."""
+    return str(_algorithms.path)
 
 
 def search(

@@ -32,6 +32,7 @@ from nmsparse_ext.cli.search import search
 from nmsparse_ext.cli.study import study
 from nmsparse_ext.cli.train import train
 from nmsparse_ext.cli.verify import verify
+from nmsparse_ext.cli_tune import tune
 
 app = typer.Typer(
     help="N:M sparsity for PyTorch: choose a pattern, train with it, pack it, run it.",
@@ -50,6 +51,7 @@ app.command()(verify)
 app.command()(compress)
 app.command()(decompress)
 app.command()(explain)
+app.command()(tune)
 app.command()(bench)
 app.command()(report)
 app.command(context_settings=_TO_OTHERS)(search)
