@@ -82,21 +82,28 @@ def usage_errors(extra: str = "") -> Iterator[None]:
         raise typer.Exit(EXIT_USAGE) from None
 
 
-def check_output(path: Path, force: bool) -> Path:
+def check_output(path: Path, force: bool, *, folder: bool = False) -> Path:
     """Refuses, before any work is done, a path that cannot be written or that would be overwritten.
+
+    Args:
+        path: What is to be written.
+        force: Whether it may exist.
+        folder: Whether it is a folder; if not, it must not be one.
 
     Raises:
         ValueError: If there is such a file and not ``force``, or ``path`` is a folder.
         OSError: If the folder does not exist or cannot be written.
     """
-    if path.is_dir():
+    if path.is_dir() and not folder:
         raise ValueError(f"{path} is a folder; give the name of the file to write")
-    folder = path.parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{path} cannot be written: there is no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: no permission to write into {folder}")
-    if path.exists() and not force:
+    if path.is_file() and folder:
+        raise ValueError(f"{path} is a file, and a folder is to be written")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {parent}")
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: no permission to write into {parent}")
+    if not force and (path.exists() or path.with_name(f"{path.name}.index.json").exists()):
         raise ValueError(f"{path} exists; give --force to overwrite it")
     return path
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nmsparse_ext.cli.examples import unpack
+from nmsparse_ext.cli.folders import save_transformers
 from nmsparse_ext.cli.options import (
     EXIT_FAILED,
     DryRunOption,
@@ -21,7 +23,7 @@ from nmsparse_ext.cli.options import (
 )
 from nmsparse_ext.cli.output import emit, emit_table, progress, show
 from nmsparse_ext.cli.patterns import choice, scheme_for
-from nmsparse_ext.cli.sources import load_model, load_tensors
+from nmsparse_ext.cli.sources import Kind, kind_of, load_model, load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,7 +31,23 @@ if TYPE_CHECKING:
     from nmsparse_ext import Scheme
 
 OutOption = Annotated[
-    Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.", show_default=False)
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="PATH",
+        help="The file to write; of a transformers folder also a folder, without .safetensors at its end.",
+        show_default=False,
+    ),
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="Such as 5GB: a larger model is written in several files, with an index.",
+        show_default=False,
+    ),
 ]
 
 
@@ -48,6 +66,7 @@ def compress(
     ] = None,
     layers: LayersOption = None,
     skip: SkipOption = None,
+    max_shard_size: ShardOption = None,
     dry_run: DryRunOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -55,16 +74,18 @@ def compress(
     """Write MODEL with its sparse weights packed: values and indices in place of zeros.
 
     Weights must hold their pattern already: nothing is pruned (that is `nmsparse prune`). Exit code 1, and no
-    file, if one that --pattern names does not. The file is written in one step; `nmsparse decompress` gives
-    the dense tensors back, bit for bit.
+    file, if one that --pattern names does not. What is written appears in one step; `nmsparse decompress`
+    gives the dense tensors back, bit for bit. A folder is one that transformers' from_pretrained loads,
+    packed.
     """
     with usage_errors():
         import nmsparse_ext as nms
         from nmsparse_ext.cli.verify import verify_one
         from nmsparse_ext.weights import weights
 
+        whole_folder = _is_folder(model, out)
         if not dry_run:
-            check_output(out, force)
+            check_output(out, force, folder=whole_folder)
         loaded = load_model(model).model
         scheme = (
             _detected(loaded, layers, skip) if pattern is None else scheme_for(loaded, pattern, layers, skip)
@@ -81,9 +102,16 @@ def compress(
                         )
                     step(text=weight.name)
         rows = [] if failed else nms.summary(loaded, scheme).to_json()
+        for row in rows:
+            if pattern is None and row["reason"] == "scheme":
+                row["reason"] = "holds it"
         if not failed and not dry_run:
             with progress(f"writing {out}"):
-                nms.save_file(loaded, out, scheme)
+                if whole_folder:
+                    nms.convert(loaded, scheme, policy="always")
+                    save_transformers(loaded, Path(model), out, max_shard_size)
+                else:
+                    nms.save_file(loaded, out, scheme, max_shard_size=max_shard_size)
     if failed:
         for line in failed:
             typer.echo(f"nmsparse: {line}", err=True)
@@ -116,7 +144,7 @@ def compress(
             f"{len(packed)} of {len(rows)} weights packed: {record['bytes']:,} bytes of "
             f"{record['dense_bytes']:,} dense"
         )
-        emit(f"would write {out}" if dry_run else f"wrote {out}, {record['file_bytes']:,} bytes")
+        emit(_wrote(out, dry_run))
 
     show(as_json, record, text)
 
@@ -128,27 +156,27 @@ def decompress(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write MODEL with all of its weights dense, zeros in place: a plain safetensors file for any reader."""
+    """Write MODEL with all of its weights dense, zeros in place: plain safetensors for any reader."""
     with usage_errors():
         import nmsparse_ext as nms
 
+        whole_folder = _is_folder(model, out)
         if not dry_run:
-            check_output(out, force)
-        tensors = load_tensors(model)
+            check_output(out, force, folder=whole_folder)
+        found = load_model(model).model if whole_folder else None
+        tensors = load_tensors(model) if found is None else found.state_dict(keep_vars=True)
         rows = []
-        dense: dict[str, Tensor] = {}
-        with progress("unpacking", len(tensors)) as step:
-            for name, tensor in tensors.items():
-                tensor = tensor.detach()
-                row: dict[str, Any] = {"name": name, "pattern": None, "bytes": tensor.nbytes}
-                if isinstance(tensor, nms.NMTensor):
-                    row["pattern"] = str(tensor.pattern)
-                    tensor = tensor if dry_run else tensor.to_dense()
-                rows.append(row | {"dense_bytes": tensor.numel() * tensor.element_size()})
-                dense[name] = tensor
-                step(text=name)
+        for name, tensor in tensors.items():
+            row: dict[str, Any] = {"name": name, "pattern": None, "bytes": tensor.nbytes}
+            if isinstance(tensor, nms.NMTensor):
+                row["pattern"] = str(tensor.pattern)
+            rows.append(row | {"dense_bytes": tensor.numel() * tensor.element_size()})
         if not dry_run:
-            write_plain(dense, out)
+            with progress(f"writing {out}"):
+                if found is not None:
+                    save_transformers(unpack(found), Path(model), out, None)
+                else:
+                    write_plain(tensors, out)
     record: dict[str, Any] = {
         "model": model,
         "out": str(out),
@@ -160,22 +188,24 @@ def decompress(
 
     def text() -> None:
         emit(f"{record['unpacked']} of {len(rows)} tensors unpacked; {record['dense_bytes']:,} bytes in all")
-        emit(f"would write {out}" if dry_run else f"wrote {out}, {_size(out):,} bytes")
+        emit(_wrote(out, dry_run))
 
     show(as_json, record, text)
 
 
-def write_plain(tensors: dict[str, Tensor], out: Path) -> None:
+def write_plain(tensors: Mapping[str, Tensor], out: Path) -> None:
     """Writes dense tensors for any reader of safetensors: each name has its own, tied ones are repeated."""
     from safetensors.torch import save_file
 
+    from nmsparse_ext import NMTensor
     from nmsparse_ext._atomic import atomic_write
 
-    with progress(f"writing {out}"), atomic_write(out) as file:
+    with atomic_write(out) as file:
         seen: set[int] = set()
         stored = {}
         for name, tensor in tensors.items():
-            tensor = tensor.detach().cpu().contiguous()
+            tensor = tensor.detach()
+            tensor = (tensor.to_dense() if isinstance(tensor, NMTensor) else tensor).cpu().contiguous()
             storage = tensor.untyped_storage()
             if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
                 tensor = tensor.clone()
@@ -202,5 +232,19 @@ def _detected(model: nn.Module, layers: list[str] | None, skip: list[str] | None
     return nms.Scheme(patterns, dense=dense)
 
 
+def _is_folder(model: str, out: Path) -> bool:
+    """Whether a folder is to be written: of a transformers model, unless a file is asked for."""
+    return kind_of(model) is Kind.TRANSFORMERS and out.suffix != ".safetensors"
+
+
+def _wrote(out: Path, dry_run: bool) -> str:
+    return f"would write {out}" if dry_run else f"wrote {out}, {_size(out):,} bytes"
+
+
 def _size(path: Path) -> int:
-    return os.stat(path).st_size
+    """Bytes of a file, of all files of a model in shards, or of a folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if path.exists():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))

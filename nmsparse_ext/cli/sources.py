@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 INDEX = ".index.json"
 PICKLES = (".pt", ".pth", ".bin")
-#: What a folder's tensors may lie in, in this order.
-_USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
 class Kind(str, Enum):
@@ -57,6 +54,8 @@ def kind_of(argument: str | os.PathLike[str]) -> Kind:
         if text.endswith(INDEX):
             return Kind.INDEX
         return Kind.PICKLE if path.suffix in PICKLES else Kind.FILE
+    if Path(text + INDEX).exists():  # what a model in shards was saved as
+        return Kind.INDEX
     from nmsparse_ext.recipes.catalog import RECIPES
 
     if text in RECIPES:
@@ -73,17 +72,18 @@ def tensor_file(folder: Path) -> Path:
     """The file, or the index of the files, that holds a folder's tensors.
 
     Raises:
-        ValueError: If there is none, or more than one could be meant.
+        FormatError: If several could be meant.
+        FileNotFoundError: If there is none.
     """
-    for name in _USUAL:
-        if (folder / name).exists():
-            return folder / name
-    found = sorted(folder.glob(f"*.safetensors{INDEX}")) or sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(path.name for path in found)
-    what = f"several files ({names}): name one" if found else "no safetensors file and no config.json"
-    raise ValueError(f"{folder} holds {what}")
+    from nmsparse_ext.deploy.shards import locate
+
+    pickled = folder / "pytorch_model.bin"
+    try:
+        return Path(locate(os.fspath(folder)))
+    except FileNotFoundError:
+        if pickled.exists():
+            return pickled
+        raise FileNotFoundError(f"{folder} holds no safetensors file and no config.json") from None
 
 
 def load_tensors(argument: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -99,8 +99,6 @@ def load_tensors(argument: str | os.PathLike[str]) -> dict[str, Tensor]:
         return dict(load_model(os.fspath(argument)).model.state_dict(keep_vars=True))
     if path.is_dir():
         path = tensor_file(path)
-    if path.name.endswith(INDEX):
-        return _sharded(path)
     if path.suffix in PICKLES:
         return _unpickled(path)
     import nmsparse_ext as nms
@@ -129,7 +127,7 @@ def load_model(argument: str, flags: Sequence[str] = (), *, step: str | None = N
     if kind in (Kind.TRANSFORMERS, Kind.FACTORY, Kind.RECIPE):
         from nmsparse_ext.recipes.searched import load_searched
 
-        quiet = _quiet_transformers() if kind is Kind.TRANSFORMERS else nullcontext()
+        quiet = quiet_transformers() if kind is Kind.TRANSFORMERS else nullcontext()
         with quiet:
             return load_searched(argument, flags, step=step)
     if flags:
@@ -149,26 +147,6 @@ def chosen(name: str, layers: Sequence[str] | None, skip: Sequence[str] | None) 
         return any(fnmatchcase(path, glob) for path in paths for glob in globs)
 
     return (not layers or match(layers)) and not match(skip or ())
-
-
-def _sharded(index: Path) -> dict[str, Tensor]:
-    import nmsparse_ext as nms
-
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        shards = content["weight_map"]
-        if not all(isinstance(text, str) for pair in shards.items() for text in pair):
-            raise TypeError("'weight_map' must map names of tensors to names of files")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise nms.FormatError(f"{index}: no index of safetensors files: {error}") from None
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(shards.values())):
-        if Path(shard).name != shard:
-            raise nms.FormatError(f"{index}: shard {shard!r} is not in the same folder")
-        tensors |= nms.load_file(index.parent / shard)
-    if missing := sorted(set(shards) - set(tensors)):
-        raise nms.FormatError(f"{index}: the shards have no {', '.join(missing[:5])}")
-    return tensors
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
@@ -193,7 +171,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Its progress bars, too, are for terminals only."""
     from transformers.utils import logging
 

@@ -57,7 +57,9 @@ def test_folder_with_one_file(run, here):
     save_file({"fc.weight": torch.ones(4, 4)}, here / "other" / "weights.safetensors")
     assert names(run("inspect", "other", "--json").json["tensors"]) == ["fc.weight"]
     save_file({"fc.weight": torch.ones(4, 4)}, here / "other" / "more.safetensors")
-    assert "several files (more.safetensors, weights.safetensors)" in run("inspect", "other").err
+    assert (
+        "several models, name one: ['more.safetensors', 'weights.safetensors']" in run("inspect", "other").err
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
