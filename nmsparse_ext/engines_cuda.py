@@ -40,6 +40,8 @@ DEVICES = {"cuda"}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+CUDA_ENGINES = ("cuda", "cuda-packed")
+
 #: values, indices, dense rows, the library's form; see `multiply`.
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -119,6 +121,30 @@ def measure_once(weight: NMTensor, tokens: tuple[int, ...] = crossover.TOKENS) -
     if known is not None and not missing:
         return known
     return crossover.measure(problem, CudaTimer(weight), missing)
+
+
+def tuned(weight: NMTensor, tokens: int) -> NMTensor:
+    """The weight with the forms that win for up to so many tokens, which is measured if it is not known.
+
+    A weight that the engine ``cuda`` does not run, or that is not on a GPU, comes back as it is; so does any
+    in the search mode ``"off"``.
+    """
+    if weight.engine != "cuda" or tokens == 0 or not _may_measure(weight.values):
+        return weight
+    problem = problem_of(weight)
+    before = crossover.choices_for(problem)
+    most = max(tokens, crossover.SMALL_BATCH_TOKENS)
+    measure_once(weight, (*(count for count in crossover.TOKENS if count <= most), tokens))
+    return weight if crossover.choices_for(problem) == before else weight.with_engine("cuda")
+
+
+def _may_measure(values: Tensor) -> bool:
+    return cusparselt.search_mode() != "off" and values.is_cuda and holds_data(values)
+
+
+def why(weight: NMTensor) -> str:
+    """Which way a weight of these engines goes for how many tokens, and why, in words."""
+    return crossover.why(problem_of(weight))
 
 
 def _dense_rows(weight: NMTensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -375,3 +376,63 @@ def test_first_use_measures_where_a_weight_is_packed(monkeypatch: pytest.MonkeyP
 
 def test_nothing_is_measured_on_the_cpu() -> None:
     assert not engines_cuda._measures_now(torch.device("cpu"))
+
+
+# ----------------------------------------------------------------------------------------- converting models
+
+
+@pytest.fixture
+def timer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Measuring finds that cuSPARSELt wins from 32 tokens; the numbers of tokens that were asked for."""
+    from nmsparse_ext import _crossover_timer
+
+    asked: list[int] = []
+
+    class Timer:
+        def __init__(self, weight: nms.NMTensor) -> None:
+            pass
+
+        def microseconds(self, tokens: int, branches: Any) -> dict[str, float]:
+            asked.append(tokens)
+            times = {SMALL_BATCH: float(tokens), DENSE: 20.0 + tokens, LT: 30.0 + tokens / 2}
+            return {branch: times[branch] for branch in branches}
+
+    monkeypatch.setattr(_crossover_timer, "CudaTimer", Timer)
+    monkeypatch.setattr(engines_cuda, "_may_measure", lambda values: cusparselt.search_mode() != "off")
+    return asked
+
+
+def pruned() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(K, ROWS), nn.ReLU(), nn.Linear(ROWS, K)).to(torch.bfloat16)
+    nms.nm_prune_(model[0].weight.data, "2:4")
+    nms.nm_prune_(model[2].weight.data, "4:8")
+    return model
+
+
+def test_convert_measures_what_its_example_needs(timer: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmsparse_ext.deploy.race.MIN_GAIN", 0.0)  # packed, whatever the clock says
+    convert = sys.modules["nmsparse_ext.deploy.convert"]  # the name is the function's
+    monkeypatch.setattr(convert, "undo_slower", lambda *args, **kwargs: None)
+    x = torch.randn(3, 16, K, dtype=torch.bfloat16)
+    model = nms.convert(pruned(), example_input=x)
+    assert sorted(set(timer)) == [1, 4, 8, 16, 32, 48]
+    assert crossover.choices_for(engines_cuda.problem_of(model[0].weight)).measured
+    assert model[0].weight.form_blob.numel()
+    first, second = nms.deploy.report(model)
+    assert first.engine == second.engine == "cuda"
+    assert "small-batch 1 to 32, cusparselt from 33 tokens (measured)" in first.reason
+    assert "small-batch 1 to 32, dense from 33 tokens (measured); 4:8 does not embed in 2:4" in second.reason
+    timer.clear()
+    nms.convert(pruned(), example_input=x)
+    assert timer == []  # it is known
+    cusparselt.set_search_mode("off")
+    crossover.forget_choices()
+    nms.convert(pruned(), example_input=x.expand(9, 3, 16, K))
+    assert timer == []
+
+
+def test_a_report_without_measurements_says_so() -> None:
+    model = nms.convert(pruned(), policy="always")
+    reasons = [row.reason for row in nms.deploy.report(model)]
+    assert all("by rule, not measured" in reason for reason in reasons)
+    assert "4:8 does not embed in 2:4, which is what sparse tensor cores run" in reasons[1]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..engines import find_engine
+from ..engines_cuda import CUDA_ENGINES, why
 from ..pattern import Pattern
 from ..tensor import Keep, NMTensor
 from ..weights import Weight
@@ -88,7 +89,7 @@ class Plan:
             packed_bytes=tensor.held_nbytes if isinstance(tensor, NMTensor) else None,
             engine=tensor.engine if isinstance(tensor, NMTensor) else None,
             choice=self.choice,
-            reason=self.reason + self._unpacked() + self._other_engine(),
+            reason=self.reason + self._unpacked() + self._ways() + self._other_engine(),
         )
 
     def _other_engine(self) -> str:
@@ -97,6 +98,12 @@ class Plan:
             return ""
         reason = find_engine(self.asked_for).why_not(self.packed)
         return "" if reason is None else f"; not by engine {self.asked_for!r}: {reason}"
+
+    def _ways(self) -> str:
+        """What there is to add for a weight on a GPU, which goes one way or another for its tokens."""
+        if self.choice != "packed" or not isinstance(self.packed, NMTensor):
+            return ""
+        return f"; {why(self.packed)}" if self.packed.engine in CUDA_ENGINES else ""
 
     def _unpacked(self) -> str:
         """What there is to add to the reason for a packed weight that is unpacked when it runs."""

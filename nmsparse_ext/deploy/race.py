@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..engines_cuda import tuned
 from ..tensor import NMTensor
 from .example import ExampleInput, caller_of, run_example, tokens
 from .measure import Flush, alternate, last_level_cache
@@ -55,6 +56,8 @@ def race(
         for plan, module, attr in plans_of[caller]:
             if plan in failures:
                 continue
+            if dtype is None:
+                plan.packed = _tuned(plan.packed, tokens(module, args, kwargs))
             kind = (*layer_kind(caller, module, attr), _form(plan.packed), signature((args, kwargs)))
             plan.tokens += tokens(module, args, kwargs)
             try:
@@ -72,6 +75,13 @@ def race(
     for plan in candidates:
         _decide(plan, failures.get(plan), rival)
     return flush is not None
+
+
+def _tuned(packed: nn.Parameter | None, count: int) -> nn.Parameter:
+    """A weight on a GPU is raced as it will run: the way that wins for so many tokens."""
+    assert isinstance(packed, NMTensor)
+    faster = tuned(packed, count)
+    return packed if faster is packed else nn.Parameter(faster, requires_grad=False)
 
 
 def flush_for(model: nn.Module, device: str) -> Flush | None:
