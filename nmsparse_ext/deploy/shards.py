@@ -16,6 +16,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -106,11 +107,16 @@ def _write_shards(path: str, shards: list[dict[str, Tensor]], contents: Contents
     stem = base.removesuffix(EXTENSION)
     names = _free_names(folder, stem, len(shards))
     written: list[str] = []
+    # A folder for what is half written: safetensors makes files of names of its own on the way.
+    staging = os.path.join(folder, f".{stem}.{secrets.token_hex(8)}.tmp")
     try:
+        os.mkdir(staging)
         for name, tensors in zip(names, shards, strict=True):
-            written.append(os.path.join(folder, name))
-            with atomic_write(written[-1]) as file:
+            with atomic_write(os.path.join(staging, name)) as file:
                 write_safetensors(tensors, file.name, contents.of(tensors).to_metadata())
+            written.append(os.path.join(folder, name))
+            os.replace(os.path.join(staging, name), written[-1])
+        sync_folder(folder)
         index = {
             "metadata": {"total_size": sum(t.nbytes for tensors in shards for t in tensors.values())},
             "weight_map": {
@@ -125,6 +131,8 @@ def _write_shards(path: str, shards: list[dict[str, Tensor]], contents: Contents
             with contextlib.suppress(OSError):
                 os.unlink(shard)
         raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)  # an older model in one file, which would take precedence
         sync_folder(folder)
@@ -146,11 +154,13 @@ def _clean(path: str, keep: Iterable[str]) -> None:
     folder, base = os.path.split(path)
     stem = re.escape(base.removesuffix(EXTENSION))
     shard = rf"{stem}(-[0-9a-f]{{8}})?-[0-9]{{5,}}-of-[0-9]{{5,}}{re.escape(EXTENSION)}"
-    ours = re.compile(rf"{shard}|\.{shard}\.[0-9a-f]{{16}}\.tmp")
+    staging = re.compile(rf"\.{stem}\.[0-9a-f]{{16}}\.tmp")
     kept = set(keep)
     with contextlib.suppress(OSError):  # the model is saved; what is left over does no harm
         for name in os.listdir(folder or "."):
-            if name not in kept and ours.fullmatch(name):
+            if staging.fullmatch(name):
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+            elif name not in kept and re.fullmatch(shard, name):
                 os.unlink(os.path.join(folder, name))
 
 
@@ -244,7 +254,9 @@ def _read_shards(folder: str, shards: Mapping[str, list[str]]) -> tuple[dict[str
     contents = Contents()
     for shard, names in shards.items():
         path = os.path.join(folder, shard)
-        with open(path, "rb"):
+        if os.path.isdir(path):
+            raise FormatError(f"the index names {shard!r}, which is a folder")
+        with open(path, "rb"):  # so that what cannot be opened is an OSError
             pass
         try:
             tensors, described = _read_file(path)

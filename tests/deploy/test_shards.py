@@ -105,13 +105,16 @@ def test_leftovers_of_a_killed_save_go(path: Path) -> None:
     leftovers = [
         "model-00001-of-00007.safetensors",
         "model-0a1b2c3d-00002-of-00007.safetensors",
-        ".model-00003-of-00007.safetensors.0123456789abcdef.tmp",
+        ".model.0123456789abcdef.tmp",
     ]
     others = ["other-00001-of-00007.safetensors", "model.txt", "model-x.safetensors"]
-    for name in leftovers + others:
+    (path.parent / leftovers[-1]).mkdir()
+    (path.parent / leftovers[-1] / ".tmpHalf").write_bytes(b"")
+    for name in leftovers[:-1] + others:
         (path.parent / name).write_bytes(b"")
     nms.save_file(pruned_net(), path, max_shard_size=600)
     assert not set(names_in(path.parent)) & set(leftovers)
+    assert not list(path.parent.glob(".*"))
     assert set(others) <= set(names_in(path.parent))
 
 

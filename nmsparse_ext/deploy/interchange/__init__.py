@@ -115,6 +115,9 @@ def from_peer(
     except FormatError as error:
         where = f"{opened.path}: " if opened.path and not str(error).startswith(opened.path) else ""
         raise FormatError(f"{where}{error}") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+        # Whatever PyTorch finds wrong with tensors that a checkpoint describes.
+        raise FormatError(f"{opened.path or 'source'}: not valid as {peer.title}: {error}") from error
 
 
 def to_peer(

@@ -17,7 +17,7 @@ from ...tensor import NMTensor, compress
 from ._containers import write_torch
 from ._packing import as_hardware
 from ._peer import PeerFormat, Reading, Source, Writing
-from .cutlass import fits, read_nibbles, semi_structured, split_blob
+from .cutlass import fits, parts_of, read_nibbles, semi_structured, split_blob
 
 LAYOUTS = ("sm80", "sm90")
 
@@ -80,11 +80,13 @@ def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
     for name, tensor in source.tensors.items():
         if not isinstance(tensor, SparseSemiStructuredTensorCUSPARSELT):
             result[name] = tensor
-        elif tensor.packed is None or tensor.dim() != 2:
-            raise FormatError(f"{name}: only the transposed form is there")
-        elif layout is not None or not tensor.packed.is_cuda:
+            continue
+        packed, _ = parts_of(tensor)
+        if packed is None or tensor.dim() != 2:
+            raise FormatError(f"{name}: has no packed matrix, only the transposed one if any")
+        if layout is not None or not packed.is_cuda:
             rows, k = tensor.shape
-            result[name] = from_cusparselt(tensor.packed, (rows, k), layout, name)  # type: ignore[arg-type]
+            result[name] = from_cusparselt(packed, (rows, k), layout, name)  # type: ignore[arg-type]
         else:
             result[name] = compress(tensor.to_dense(), lt.hardware_pattern(tensor.dtype))
     return result

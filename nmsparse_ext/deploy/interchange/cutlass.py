@@ -158,6 +158,15 @@ def fits(weight: NMTensor, layout: str) -> bool:
     return bool(row_multiple) and rows % row_multiple == 0 and k % k_multiple == 0
 
 
+def parts_of(tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """``packed`` and ``meta`` of a semi-structured tensor, of which a damaged file may lack any."""
+    packed, meta = getattr(tensor, "packed", None), getattr(tensor, "meta", None)
+    return (
+        packed.detach() if isinstance(packed, Tensor) else None,
+        meta.detach() if isinstance(meta, Tensor) else None,
+    )
+
+
 def semi_structured(cls: type, shape: tuple[int, ...], packed: Tensor, meta: Tensor | None) -> Tensor:
     """A semi-structured tensor of PyTorch from its parts; unlike its own constructors also on the CPU."""
     parts = dict.fromkeys(("packed_t", "meta_t", "compressed_swizzled_bitmask"))
@@ -171,9 +180,10 @@ def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
         if not isinstance(tensor, SparseSemiStructuredTensorCUTLASS):
             result[name] = tensor
             continue
-        if tensor.packed is None or tensor.meta is None:
-            raise FormatError(f"{name}: only the transposed form is there")
-        weight = from_cutlass(tensor.packed.detach(), tensor.meta, name)
+        packed, meta = parts_of(tensor)
+        if packed is None or meta is None:
+            raise FormatError(f"{name}: has no packed values and metadata, only the transposed ones if any")
+        weight = from_cutlass(packed, meta, name)
         if tuple(tensor.shape) != weight.dense_shape():
             raise FormatError(f"{name}: has shape {list(tensor.shape)}, but values of {weight.dense_shape()}")
         result[name] = weight
