@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from as_on_a_gpu import as_on_a_gpu, decree, problem_like
+from made_crossovers import decree, problem_like
 from torch import Tensor, nn
 
 import nmsparse_ext as nms
 from nmsparse_ext import crossover, cusparselt, engines_cuda
+from nmsparse_ext._as_on_a_gpu import as_on_a_gpu
 from nmsparse_ext.crossover import DENSE, LT, SMALL_BATCH
 
 pytestmark = pytest.mark.usefixtures("gpu")
@@ -25,9 +26,9 @@ HALF = torch.float16
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    with as_on_a_gpu(monkeypatch, tmp_path) as path:
-        yield path
+def gpu(tmp_path: Path) -> Iterator[None]:
+    with as_on_a_gpu(tmp_path / "crossovers.json"):
+        yield
 
 
 def integers(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
@@ -57,7 +58,7 @@ class Ways:
 
 
 @pytest.fixture
-def ways(monkeypatch: pytest.MonkeyPatch, gpu: Path) -> Ways:
+def ways(monkeypatch: pytest.MonkeyPatch, gpu: None) -> Ways:
     return Ways(monkeypatch)
 
 

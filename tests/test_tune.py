@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from as_on_a_gpu import as_on_a_gpu
 from torch import nn
 from typer.testing import CliRunner
 
 import nmsparse_ext as nms
 from nmsparse_ext import _crossover_timer, crossover, cusparselt
 from nmsparse_ext import tune as tuning
+from nmsparse_ext._as_on_a_gpu import as_on_a_gpu
 from nmsparse_ext.cli import app
 from nmsparse_ext.crossover import DENSE, LT, SMALL_BATCH
 from nmsparse_ext.cusparselt import Choice, Found
@@ -62,7 +62,7 @@ def searched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[t
     monkeypatch.setattr(tuning, "why_not", lambda: None)
     monkeypatch.setattr(_crossover_timer, "CudaTimer", Timer)
     monkeypatch.setattr(cusparselt, "search", search)
-    with as_on_a_gpu(monkeypatch, tmp_path):
+    with as_on_a_gpu(tmp_path / "crossovers.json"):
         yield asked
 
 
