@@ -113,7 +113,7 @@ _LAZY = {
 
 
 # Rooms with more than what stands here, such as `nms.train.Rule` or `nms.optim.SGD`.
-_ROOMS = ("deploy", "integrations", "optim", "prune", "search", "train")
+_ROOMS = ("compat", "deploy", "integrations", "optim", "prune", "search", "train")
 
 
 def __getattr__(name: str) -> Any:

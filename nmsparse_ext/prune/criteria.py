@@ -43,16 +43,21 @@ def pruned_values(
     assert dim is not None  # a scheme's weights have one
     if criterion == "magnitude" or moments is None:
         return ops.nm_prune(values, pattern, dim=dim, remainder="pad")
-    dtype = working_dtype(weight)
-    matrices = as_matrices(weight, values, len(moments.counts)).to(dtype)
     if criterion == "wanda":
-        scores = from_matrices(weight, matrices.abs() * _norms(moments)[:, None])
+        scores = score_by_inputs(weight, values, moments)
         return ops.apply_bits(values, ops.mask_bits(scores, pattern, dim=dim, remainder="pad"), dim=dim)
+    matrices = as_matrices(weight, values, len(moments.counts)).to(working_dtype(weight))
     pruned = [
         prune_matrix(matrix, moment, pattern, segment=weight.span, dampening=dampening)
         for matrix, moment in zip(matrices, moments.blocks[0], strict=True)
     ]
     return torch.empty_like(values).copy_(from_matrices(weight, torch.stack(pruned)))
+
+
+def score_by_inputs(weight: Weight, values: Tensor, moments: Moments) -> Tensor:
+    """Wanda's ``|w| * |x|``, in the weight's shape."""
+    matrices = as_matrices(weight, values, len(moments.counts)).to(working_dtype(weight))
+    return from_matrices(weight, matrices.abs() * _norms(moments)[:, None])
 
 
 def _norms(moments: Moments) -> Tensor:
