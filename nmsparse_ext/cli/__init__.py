@@ -17,11 +17,13 @@ a line below. What it needs is shared:
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
 from nmsparse_ext.cli.bench import bench
+from nmsparse_ext.cli.convert import convert
 from nmsparse_ext.cli.demo import demo
 from nmsparse_ext.cli.explain import explain
 from nmsparse_ext.cli.info import info
@@ -50,6 +52,7 @@ app.command()(inspect)
 app.command()(verify)
 app.command()(compress)
 app.command()(decompress)
+app.command()(convert)
 app.command()(explain)
 app.command()(tune)
 app.command()(bench)
@@ -61,16 +64,21 @@ app.command()(info)
 app.command()(demo)
 
 
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-) -> None:
-    """N:M sparsity for PyTorch: choose a pattern, train with it, pack it, run it."""
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         import nmsparse_ext
 
         typer.echo(nmsparse_ext.__version__)
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """N:M sparsity for PyTorch: choose a pattern, train with it, pack it, run it."""
 
 
 def main() -> None:
@@ -78,4 +86,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names that the terminal cannot show are no reason to stop
             stream.reconfigure(errors="backslashreplace")
+    if not sys.warnoptions:  # -W and PYTHONWARNINGS have their way
+        for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", kind)  # they are for whoever writes programs
+        warnings.showwarning = _show_warning
     app()
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """In a line, as errors."""
+    typer.echo(f"nmsparse: warning: {message}", err=True)

@@ -102,6 +102,7 @@ def test_outputs_that_are_refused(run, here, dense_file, command):
         ("there.safetensors", "give --force"),
         ("folder", "is a folder"),
         ("none/x.safetensors", "there is no folder"),
+        ("/proc/x.safetensors", "x.safetensors"),
     ):
         result = run(command, dense_file, "-o", out)
         assert (result.code, result.out) == (2, "")

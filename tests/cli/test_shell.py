@@ -1,0 +1,179 @@
+"""The command as a shell has it: processes, pipes, terminals, completion, what it imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from nmsparse_ext.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = (sys.executable, "-m", "nmsparse_ext")
+COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def start(*args: object, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    return subprocess.Popen([*COMMAND, *map(str, args)], env=environment, text=True, **options)
+
+
+def process(*args: object, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    return subprocess.run(
+        [*COMMAND, *map(str, args)], env=environment, text=True, capture_output=True, **options
+    )
+
+
+def test_all_commands_are_there():
+    expected = {"inspect", "verify", "compress", "decompress", "search", "train", "tune", "bench", "convert"}
+    assert expected | {"report", "explain", "info", "demo"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(run, name):
+    result = run(name, "--help")
+    assert result.code == 0
+    assert "Usage" in result.out or name == "train"
+    assert "--json" in result.out or name == "study"
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys; sys.argv[:] = ['nmsparse', '--help']; sys.modules['torch'] = None\n"
+        "from nmsparse_ext.cli import main\n"
+        "main()"
+    )
+    found = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "inspect" in found.stdout
+    # Processor time of all imports, which is what the machine's load does not change much.
+    times = {line.split("|")[2].strip(): int(line.split("|")[1]) for line in found.stderr.splitlines()[1:]}
+    assert not {"torch", "numpy", "transformers"} & set(times)
+    assert times["nmsparse_ext.cli"] < 1_000_000
+
+
+def test_the_library_is_whole_outside_of_the_command():
+    """That the command imports lazily is nobody else's business: torch.load knows NMTensor at once."""
+    code = "import sys, nmsparse_ext; sys.exit('nmsparse_ext.tensor' not in sys.modules)"
+    for argv in (
+        [sys.executable, "-c", code],
+        [sys.executable, "-W", "ignore", "-c", code, "-m", "nmsparse_ext"],
+    ):
+        assert subprocess.run(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
+
+
+def test_a_process(dense_file):
+    found = process("verify", dense_file, "1:4", "--json")
+    assert found.returncode == 1
+    assert json.loads(found.stdout)["failed"] == ["0.weight"]
+    assert found.stderr == ""
+
+
+def test_names_that_the_terminal_cannot_show(here):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"слой.weight": torch.ones(4, 4)}, "m.safetensors")
+    found = process("inspect", "m.safetensors", env={"PYTHONIOENCODING": "ascii"})
+    assert found.returncode == 0
+    assert "\\u0441" in found.stdout
+
+
+def test_a_reader_that_goes_away(dense_file):
+    child = start("inspect", dense_file, "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    assert child.stderr.read() == ""
+    child.stderr.close()
+    assert child.wait() == 128 + signal.SIGPIPE
+
+
+def test_ctrl_c_leaves_nothing_half_written(here):
+    """While a factory takes its time, and while a file is being written."""
+    (here / "slow.py").write_text(
+        """
+import time
+import cli_models, nmsparse_ext.deploy.shards as shards
+
+def write(*args):
+    with open(args[1], "wb") as file:
+        file.write(b"half")
+    print("now", flush=True)
+    time.sleep(60)
+
+def net():
+    shards.write_safetensors = write
+    return cli_models.pruned()
+"""
+    )
+    child = start(
+        "compress", "slow:net", "-o", "out.safetensors", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout.readline() == "now\n"
+    time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate()
+    assert child.returncode == 130
+    assert (out, err) == ("", "nmsparse: interrupted\n")
+    assert not [name for name in os.listdir() if "out" in name]
+
+
+def on_a_terminal(*args: object, **env: str) -> str:
+    """What the command shows where stdout and stderr are a terminal."""
+    ours, theirs = pty.openpty()
+    environment = {"TERM": "xterm-256color", "COLUMNS": "120", **env}
+    child = start(*args, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # what Linux says when the other side is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(ours)
+    child.wait()
+    return shown.decode()
+
+
+def test_colours_and_bars_are_for_terminals(dense_file, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = on_a_terminal("verify", dense_file, "2:4")
+    assert "\x1b[32mholds" in shown  # green
+    assert "checking" in shown  # the progress bar
+    plain = on_a_terminal("verify", dense_file, "2:4", NO_COLOR="1")
+    assert "\x1b[32m" not in plain
+    assert "holds" in plain
+
+
+def test_completion():
+    words = {"_NMSPARSE_COMPLETE": "complete_bash", "COMP_WORDS": "nmsparse ver", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv[:] = ['nmsparse']; from nmsparse_ext.cli import main; main()"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **words},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.split() == ["verify"]
+
+
+def test_version(run):
+    import nmsparse_ext
+
+    assert run("--version").out.strip() == nmsparse_ext.__version__
