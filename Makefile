@@ -24,7 +24,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint format sanitize reference cuda-build gpu bench clean
+.PHONY: help demo test build lint format sanitize reference docs wheels cuda-build gpu bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -73,6 +73,13 @@ sanitize: $(VENV)/.installed  ## the torch-free C++ tests under the address and 
 	    -DNMSPARSE_SANITIZE=address,undefined -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+docs: $(VENV)/.installed  ## the documentation site, into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mkdocs build --strict --quiet
+	@echo "file://$(CURDIR)/build/site/index.html"
+
+wheels: $(VENV)/.installed  ## a wheel for this Python: built, checked, installed and tried in an environment of its own
+	PYTHON=$(BIN)/python scripts/build_wheels.sh
 
 # ---- CUDA ----
 $(VENV_CUDA)/.installed: pyproject.toml

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch._inductor.config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -21,8 +22,10 @@ def test_code_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The blocks of a page, one after the other as a reader runs them."""
     monkeypatch.chdir(tmp_path)  # it may write files
     names = {"__name__": "__main__"}
-    for number, block in enumerate(BLOCK.findall(path.read_text(encoding="utf-8"))):
-        exec(compile(block, f"{path}, block {number}", "exec"), names)
+    quickly = {"compile_wrapper_opt_level": "O0", "precompile_headers": False}
+    with torch._inductor.config.patch({f"aot_inductor.{name}": value for name, value in quickly.items()}):
+        for number, block in enumerate(BLOCK.findall(path.read_text(encoding="utf-8"))):
+            exec(compile(block, f"{path}, block {number}", "exec"), names)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
