@@ -1,4 +1,4 @@
-"""What mkdocs is told beyond mkdocs.yml: pages from outside of docs/, links out of docs/, pages still to come."""
+"""What mkdocs is told beyond mkdocs.yml: pages from outside of docs/, links out of it, missing pages."""
 
 from __future__ import annotations
 
