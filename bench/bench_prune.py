@@ -63,16 +63,21 @@ class Method(NamedTuple):
 
 
 def ours(criterion: str, pattern: str, permuted: bool, **options: Any) -> Method:
-    def prune(model: nn.Module, subject: Subject) -> None:
+    def prune(model: nn.Module, subject: Subject) -> nn.Module:
         scheme = nms.Scheme.uniform(model, pattern, skip=subject.skip)
+        if permuted:  # what permute=True does; once for all criteria
+            if pattern not in subject.permuted:
+                nms.permute_channels(model, scheme, subject.calibration[0])
+                subject.permuted[pattern] = model
+            model = copy.deepcopy(subject.permuted[pattern])
         nms.prune_model(
             model,
             scheme,
             criterion=criterion,  # type: ignore[arg-type]
             calibration=subject.calibration,
-            permute=permuted,
             **options,
         )
+        return model
 
     label = criterion + ("" if options.get("recalibrate", True) else ", no recalibration")
     label += f", dampening {options['dampening']}" if "dampening" in options else ""
@@ -125,9 +130,10 @@ def methods(subject: Subject, dry: bool) -> Iterator[Method]:
         for criterion in CRITERIA:
             for permuted in (False, True):
                 yield ours(criterion, pattern, permuted)
-            if has_norms:
+            if has_norms and pattern == "2:4":
                 yield ours(criterion, pattern, False, recalibrate=False)
-        yield ours("sparsegpt", pattern, False, sequential=None)
+        if pattern in ("2:4", "1:8"):
+            yield ours("sparsegpt", pattern, False, sequential=None)
     yield ours("sparsegpt", "2:4", False, dampening=0.1)  # ModelOpt's
     peers: list[tuple[str, str, Any]] = [("torch.ao.pruning", "WeightNormSparsifier", torch_ao)]
     if importlib.util.find_spec("modelopt") is not None:

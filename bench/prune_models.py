@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Subject:
         skip: Names of layers that stay dense.
         calibration: What it is called with, from training data.
         test: ``test(model)``: loss and accuracy on test data.
+        permuted: Its model with channels reordered, for patterns that this was done for.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Subject:
     skip: Sequence[str]
     calibration: list[Tensor]
     test: Callable[[nn.Module], dict[str, float]]
+    permuted: dict[str, nn.Module] = field(default_factory=dict)
 
 
 class Block(nn.Module):
@@ -95,7 +97,7 @@ def digits(seed: int, dry: bool, folder: Path | None) -> Subject:
 
 def gpt(seed: int, dry: bool, folder: Path | None) -> Subject:
     """The stdlib-gpt recipe, trained dense, as a `PlainGpt`."""
-    size: dict[str, Any] = {"layers": 3, "width": 128, "context": 64, "epochs": 4, "steps": 100}
+    size: dict[str, Any] = {"layers": 3, "width": 96, "context": 64, "epochs": 4, "steps": 100}
     if dry:
         size = {"layers": 1, "width": 32, "context": 16, "epochs": 1, "steps": 2, "corpus_bytes": 200_000}
     size["eval_tokens"] = 1024 if dry else 16384

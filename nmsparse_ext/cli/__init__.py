@@ -29,6 +29,7 @@ from nmsparse_ext.cli.explain import explain
 from nmsparse_ext.cli.info import info
 from nmsparse_ext.cli.inspect import inspect
 from nmsparse_ext.cli.pack import compress, decompress
+from nmsparse_ext.cli.prune import prune
 from nmsparse_ext.cli.report import report
 from nmsparse_ext.cli.search import search
 from nmsparse_ext.cli.study import study
@@ -53,6 +54,7 @@ app.command()(verify)
 app.command()(compress)
 app.command()(decompress)
 app.command()(convert)
+app.command()(prune)
 app.command()(explain)
 app.command()(tune)
 app.command()(bench)

@@ -83,7 +83,7 @@ def compress(
         from nmsparse_ext.cli.verify import verify_one
         from nmsparse_ext.weights import weights
 
-        whole_folder = _is_folder(model, out)
+        whole_folder = is_folder(model, out)
         if not dry_run:
             check_output(out, force, folder=whole_folder)
         loaded = load_model(model).model
@@ -144,7 +144,7 @@ def compress(
             f"{len(packed)} of {len(rows)} weights packed: {record['bytes']:,} bytes of "
             f"{record['dense_bytes']:,} dense"
         )
-        emit(_wrote(out, dry_run))
+        emit(wrote(out, dry_run))
 
     show(as_json, record, text)
 
@@ -160,7 +160,7 @@ def decompress(
     with usage_errors():
         import nmsparse_ext as nms
 
-        whole_folder = _is_folder(model, out)
+        whole_folder = is_folder(model, out)
         if not dry_run:
             check_output(out, force, folder=whole_folder)
         found = load_model(model).model if whole_folder else None
@@ -188,7 +188,7 @@ def decompress(
 
     def text() -> None:
         emit(f"{record['unpacked']} of {len(rows)} tensors unpacked; {record['dense_bytes']:,} bytes in all")
-        emit(_wrote(out, dry_run))
+        emit(wrote(out, dry_run))
 
     show(as_json, record, text)
 
@@ -232,12 +232,13 @@ def _detected(model: nn.Module, layers: list[str] | None, skip: list[str] | None
     return nms.Scheme(patterns, dense=dense)
 
 
-def _is_folder(model: str, out: Path) -> bool:
+def is_folder(model: str, out: Path) -> bool:
     """Whether a folder is to be written: of a transformers model, unless a file is asked for."""
     return kind_of(model) is Kind.TRANSFORMERS and out.suffix != ".safetensors"
 
 
-def _wrote(out: Path, dry_run: bool) -> str:
+def wrote(out: Path, dry_run: bool) -> str:
+    """What is said in the end."""
     return f"would write {out}" if dry_run else f"wrote {out}, {_size(out):,} bytes"
 
 

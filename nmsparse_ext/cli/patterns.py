@@ -57,7 +57,12 @@ def choice(
 
 
 def scheme_for(
-    model: nn.Module, text: str, layers: Sequence[str] | None = None, skip: Sequence[str] | None = None
+    model: nn.Module,
+    text: str,
+    layers: Sequence[str] | None = None,
+    skip: Sequence[str] | None = None,
+    *,
+    remainder: str = "error",
 ) -> Scheme:
     """The scheme that ``PATTERN --layers ... --skip ...`` stands for.
 
@@ -73,7 +78,7 @@ def scheme_for(
     found = read_pattern(text, model)
     chosen = choice(model, layers, skip)
     if isinstance(found, nms.Pattern):
-        return nms.Scheme.uniform(model, found, skip=skip or (), include=layers or None)
-    named = found.resolve(model, strict=False)
+        return nms.Scheme.uniform(model, found, skip=skip or (), include=layers or None, remainder=remainder)
+    named = found.resolve(model, strict=False, remainder=remainder)
     kept = {w.name: named[w.name].pattern for w in weights(model) if w.name in named and chosen(w)}
     return nms.Scheme(kept, dense=dict(found.dense) | {n: "left out" for n in named if n not in kept})
