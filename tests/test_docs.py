@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch._inductor.config
+from console import run_page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -19,13 +21,16 @@ def test_there_is_code() -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_code_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page, one after the other as a reader runs them."""
+    """The blocks of a page, Python and commands, one after the other as a reader runs them."""
     monkeypatch.chdir(tmp_path)  # it may write files
-    names = {"__name__": "__main__"}
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
     quickly = {"compile_wrapper_opt_level": "O0", "precompile_headers": False}
     with torch._inductor.config.patch({f"aot_inductor.{name}": value for name, value in quickly.items()}):
-        for number, block in enumerate(BLOCK.findall(path.read_text(encoding="utf-8"))):
-            exec(compile(block, f"{path}, block {number}", "exec"), names)
+        run_page(path)
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(sys.modules[name].__file__):
+            del sys.modules[name]  # another page may have a file of that name
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

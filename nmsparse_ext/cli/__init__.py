@@ -44,10 +44,14 @@ app = typer.Typer(
     "NMSPARSE_TRACEBACK=1 they come with their traceback.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # which fills paragraphs
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 _TO_OTHERS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+# Wrong arguments. Typer has its own copy of click, or in older releases click's; both begin here.
+_ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app.command()(inspect)
 app.command()(verify)
@@ -92,7 +96,17 @@ def main() -> None:
         for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", kind)  # they are for whoever writes programs
         warnings.showwarning = _show_warning
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except _ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            context = getattr(error, "ctx", None)
+            path = "nmsparse" if context is None else context.command_path
+            typer.echo(f"nmsparse: {error.format_message().rstrip('.')}; see `{path} --help`", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
