@@ -84,13 +84,17 @@ def inverse_factor(moment: Tensor, dampening: float) -> Tensor:
         return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     part = dampening
     for _ in range(_TRIES + 1):
-        damped = moment.clone()
+        # H = V V^T with V upper triangular is a Cholesky factorisation from the other end; U = V^-1. There
+        # are never more than two matrices besides the moment.
+        damped = moment.flip(0, 1)
         damped.diagonal().add_(part * mean)
-        # H = V V^T with V upper triangular is a Cholesky factorisation from the other end; U = V^-1.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
-            identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            upper = lower.flip(0, 1)
+            del lower
+            inverse = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+            return torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
         part = max(10 * part, 1e-6)
     raise ValueError(
         f"the second moments of its inputs are singular with dampening={dampening}, and with {part / 10:g} "

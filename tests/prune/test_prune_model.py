@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from random import Random
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from engines import Engine
+from properties import for_any
+from properties import patterns as any_pattern
 from samples import assert_same_bits
 from torch import Tensor, nn
 
@@ -128,6 +131,62 @@ def test_sparsegpt_changes_outputs_least(pattern: str) -> None:
         assert nms.find_violation(model[2].weight.detach(), pattern) is None
         errors.append(report[0].error)
     assert errors[0] < min(errors[1:])
+
+
+class Layer(NamedTuple):
+    """Any layer, with a pattern for it and something to call it with."""
+
+    layer: nn.Module
+    pattern: nms.Pattern
+    x: Tensor
+
+
+def layers(random: Random) -> Layer:
+    n, m = any_pattern(random)
+    seed, inputs, outputs = random.randrange(2**31), random.randint(1, 40), random.randint(1, 5)
+    torch.manual_seed(seed)
+    layer: nn.Module = nn.Linear(inputs, outputs)
+    shape: tuple[int, ...] = (inputs,)
+    if random.random() < 0.5:
+        layer, shape = nn.Conv1d(inputs, outputs, random.randint(1, 2)), (inputs, 3)
+    return Layer(layer, nms.Pattern(n, m), torch.randn(random.randint(2, 60), *shape))
+
+
+@for_any(case=layers)
+def test_any_layer(case: Layer) -> None:
+    """The pattern holds, as much is kept as it allows, and Wanda's weights keep their bits."""
+    for criterion in CRITERIA:
+        model = copy.deepcopy(case.layer)
+        before = model.weight.detach().clone()
+        report = nms.prune_model(
+            model,
+            {"weight": case.pattern},
+            criterion=criterion,  # type: ignore[arg-type]
+            calibration=[case.x],
+            remainder="pad",
+        )
+        after = model.weight.detach()
+        assert nms.find_violation(after, case.pattern, remainder="pad") is None
+        if case.pattern.is_dense:
+            assert report.pruned == ()
+            continue
+        kept = case.pattern.kept(after.shape[1])
+        assert bool((after.count_nonzero(dim=1) == kept).all())
+        if criterion != "sparsegpt":
+            assert torch.equal(after, torch.where(after != 0, before, 0.0))
+
+
+def test_wrapped_models() -> None:
+    expected = mlp()
+    nms.prune_model(expected, "2:4", criterion="sparsegpt", calibration=batches())
+    for wrap in (torch.compile, lambda model: torch.optim.swa_utils.AveragedModel(model)):
+        model = wrap(mlp())
+        report = nms.prune_model(
+            model, {"0": "2:4", "2": "2:4", "4": "2:4"}, criterion="sparsegpt", calibration=batches()
+        )
+        assert report.pruned == ("0.weight", "2.weight", "4.weight")
+        for mine, other in zip(model.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(mine, other)
 
 
 # ------------------------------------------------------------------------------------------------- sequence
