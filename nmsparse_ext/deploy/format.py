@@ -74,15 +74,15 @@ class Contents:
     aliases: dict[str, str] = field(default_factory=dict)
 
     def add(self, other: Contents) -> None:
-        """Takes up what another file of the same model says.
+        """Takes up what another file of the same model says; transformers writes all of it into each shard.
 
         Raises:
-            FormatError: If both speak of the same weight or alias.
+            FormatError: If they contradict each other.
         """
-        for mine, theirs in ((self.weights, other.weights), (self.aliases, other.aliases)):
-            twice = sorted(mine.keys() & theirs.keys())
-            if twice:
-                raise FormatError(f"{brief(twice)} are described by more than one file")
+        mine, theirs = ({**contents.weights, **contents.aliases} for contents in (self, other))
+        contradicted = sorted(name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name])
+        if contradicted:
+            raise FormatError(f"{brief(contradicted)} are described by several files, not alike")
         self.weights.update(other.weights)
         self.aliases.update(other.aliases)
 

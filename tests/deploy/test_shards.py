@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from file_samples import Net, pruned_net
+from safetensors import safe_open
 from safetensors.torch import load_file as load_plain
 from safetensors.torch import save_file as save_plain
 from torch import Tensor
 
 import nmsparse_ext as nms
+from nmsparse_ext.deploy.format import parse_metadata
 from nmsparse_ext.deploy.shards import parse_size
 from nmsparse_ext.tensor import NMTensor
 
@@ -214,17 +217,27 @@ def test_the_index_is_checked(path: Path, fault: str) -> None:
         nms.load_file(path.parent)
 
 
-def test_shards_must_not_speak_of_the_same(path: Path) -> None:
-    index = sharded(path)
-    shard = path.parent / index["weight_map"]["fc.weight.values"]
-    twin = path.parent / "twin.safetensors"
-    twin.write_bytes(shard.read_bytes())
-    for name, place in list(index["weight_map"].items()):
-        if place == shard.name:
-            index["weight_map"]["again." + name] = twin.name
-    (path.parent / INDEX).write_text(json.dumps(index))
-    with pytest.raises(nms.FormatError, match="are described by more than one file"):
-        nms.load_file(path)
+@pytest.mark.parametrize("alike", [True, False])
+def test_shards_may_say_the_same_but_not_contradict(path: Path, alike: bool) -> None:
+    """transformers writes what there is to say of all shards into each; a weight's parts fall where they may."""
+    nms.save_file(pruned_net(), path)
+    whole, tensors = nms.load_file(path), load_plain(path)
+    with safe_open(path, framework="pt") as file:
+        contents = parse_metadata(file.metadata())
+    path.unlink()
+    places = {name: f"part-{number}.safetensors" for number, name in enumerate(tensors)}
+    for name, shard in places.items():
+        save_plain({name: tensors[name]}, path.parent / shard, contents.to_metadata())
+    if not alike:
+        weight = next(iter(contents.weights))
+        contents.weights[weight] = dataclasses.replace(contents.weights[weight], remainder="pad")
+        save_plain({name: tensors[name]}, path.parent / shard, contents.to_metadata())
+    (path.parent / INDEX).write_text(json.dumps({"weight_map": places}))
+    if not alike:
+        with pytest.raises(nms.FormatError, match="are described by several files, not alike"):
+            nms.load_file(path.parent / INDEX)
+        return
+    assert same(nms.load_file(path.parent / INDEX), whole)
 
 
 def test_several_models_in_a_folder(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def test_sharded(tmp_path: Path) -> None:
     model = pair("llama")
     saved("llama", tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    tensors = nms.load_file(tmp_path)  # ours, too
+    assert sum(isinstance(tensor, NMTensor) for tensor in tensors.values()) == len(packed_names(model.packed))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert packed_names(loaded) == packed_names(model.packed)
     assert torch.equal(first(loaded(**model.inputs)), first(model.packed(**model.inputs)))
