@@ -136,7 +136,15 @@ class Passes:
 
         for batch in self.calibration:
             of_batch.clear()
-            run_example(self.model, batch, dict.fromkeys(called, before_forward))
+            try:
+                run_example(self.model, batch, dict.fromkeys(called, before_forward))
+            except TypeError as error:
+                if not isinstance(batch, tuple):
+                    raise
+                raise TypeError(
+                    f"the model cannot be called with a batch of calibration: {error}. The {len(batch)} "
+                    "items of a tuple are taken for arguments: leave labels out"
+                ) from error
         for item in found.values():
             if item.first is None and item.why_not is None:
                 item.why_not = "no calibration batch calls it"

@@ -442,6 +442,7 @@ def nothing() -> nn.Module:
         ({"calibration": 3}, TypeError, "calibration must be an iterable of batches"),
         ({"calibration": []}, ValueError, "calibration must hold at least one batch"),
         ({"calibration": [None]}, TypeError, "calibration must hold tensors"),
+        ({"calibration": [(torch.ones(3, 16), torch.ones(3))]}, TypeError, "The 2 items .* leave labels out"),
         ({"calibration": [torch.full((3, 16), torch.inf)]}, ValueError, r"inputs of 0\.weight are NaN"),
         ({"scheme": {"5": "2:4"}}, ValueError, "the model has no 5"),
         ({"scheme": "2:5x"}, ValueError, "n:m"),
