@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from .convert import convert, ignore_in_ddp
 from .detect import USUAL_PATTERNS, detect_pattern
+from .explain import Explanation, Verdict, explain
 from .files import load_file, load_into, save_file
 from .fold import fold_batch_norm
 from .fuse import fuse_activations
 from .interchange import FORMATS, OnnxWeight, PeerFormat, detect_format, export_onnx, from_peer, to_peer
+from .repeated import Compared, Comparison, compare
 from .report import LayerReport, Report, report
 from .summary import Summary, WeightSummary, summary
 
@@ -23,15 +25,21 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMATS",
     "USUAL_PATTERNS",
+    "Compared",
+    "Comparison",
+    "Explanation",
     "LayerReport",
     "OnnxWeight",
     "PeerFormat",
     "Report",
     "Summary",
+    "Verdict",
     "WeightSummary",
+    "compare",
     "convert",
     "detect_format",
     "detect_pattern",
+    "explain",
     "export_onnx",
     "fold_batch_norm",
     "from_peer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,9 @@ import torch
 from torch import nn
 
 import nmsparse_ext as nms
-from nmsparse_ext.deploy import explain as explain_module
-from nmsparse_ext.deploy.explain import explain
+from nmsparse_ext.deploy import compare, explain
 from nmsparse_ext.deploy.plan import Seconds
-from nmsparse_ext.deploy.repeated import Spread, compare
+from nmsparse_ext.deploy.repeated import Spread
 
 # -------------------------------------------------------------------------------------------------- explain
 
@@ -29,8 +29,8 @@ def timed(monkeypatch):
             found = Seconds(dense, prepacked, min(dense, prepacked or dense), sparse)
             return dict.fromkeys(packed, found)
 
-        monkeypatch.setattr("nmsparse_ext.deploy.race.time_layer", time_layer)
-        monkeypatch.setattr(explain_module, "time_layer", time_layer)
+        for module in ("race", "explain"):  # of which deploy has functions of that name
+            monkeypatch.setattr(sys.modules[f"nmsparse_ext.deploy.{module}"], "time_layer", time_layer)
 
     return use
 
