@@ -14,7 +14,7 @@ from .. import ops
 from ..deploy.convert import convert
 from ..pattern import Pattern
 from ..scheme import Scheme
-from ..weights import canonical_name
+from ..weights import canonical_name, prunable_weights
 
 #: ``filter_fn(module, its name) -> whether it is meant``.
 Filter = Callable[[nn.Module, str], bool]
@@ -42,7 +42,9 @@ def sparsify_(
     """Packs the weights of linear layers, in place: ``torchao.sparsity.sparsify_``.
 
     Differs from the original: it runs on CPUs too, for any pattern; a weight that does not hold the pattern
-    is refused by name before anything is changed (prune it before: `apply_fake_sparsity`, `prune_model`).
+    is refused by name before anything is changed (prune it before: `apply_fake_sparsity`, `prune_model`). By
+    default heads that share their weight with an embedding stay dense, and the projections out of
+    ``nn.MultiheadAttention`` do not; in the original it is the other way round.
 
     Equivalent to ``nms.convert(model, {names: pattern}, policy="always")``.
 
@@ -69,7 +71,7 @@ def apply_fake_sparsity(
 ) -> None:
     """Prunes linear layers by magnitude, in place: ``torchao.sparsity.apply_fake_sparsity``.
 
-    Equivalent to ``nms.prune_model(model, {names: pattern})``.
+    Equivalent to ``nms.prune_model(model, {names: pattern})``. By default as for `sparsify_`.
 
     Args:
         model: The model.
@@ -82,8 +84,10 @@ def apply_fake_sparsity(
 
 
 def _scheme(model: nn.Module, pattern: Pattern | str, filter_fn: Filter | None) -> Scheme:
-    chosen = filter_fn or (lambda module, name: isinstance(module, nn.Linear))
-    names = [f"{name}.weight" if name else "weight" for name, m in model.named_modules() if chosen(m, name)]
+    if filter_fn is None:
+        names = [w.name for w in prunable_weights(model) if isinstance(w.module, nn.Linear)]
+    else:
+        names = [f"{n}.weight" if n else "weight" for n, m in model.named_modules() if filter_fn(m, n)]
     return Scheme(dict.fromkeys(names, Pattern.parse(pattern)))
 
 

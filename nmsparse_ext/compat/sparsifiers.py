@@ -21,7 +21,7 @@ from ..scheme import Scheme
 from ..search.inputs import find_sources
 from ..search.matrices import matrices_of
 from ..search.moments import Moments, hooks_for
-from ..weights import Weight
+from ..weights import Weight, prunable_weights
 from ..weights import weights as list_weights
 
 
@@ -64,7 +64,7 @@ class _Sparsifier:
             raise RuntimeError("prepare has been called: call squash_mask before")
         listed = {weight.name: weight for weight in list_weights(model)}
         if config is None:
-            names = [n for n, w in listed.items() if isinstance(w.module, nn.Linear) and not w.dense_because]
+            names = [w.name for w in prunable_weights(model) if isinstance(w.module, nn.Linear)]
         else:
             names = [entry["tensor_fqn"] for entry in config]
         resolved = Scheme(dict.fromkeys(names, self.pattern)).resolve(model)

@@ -47,6 +47,14 @@ def test_filter_and_pattern() -> None:
     assert not isinstance(made[2].weight.data, nms.NMTensor)
 
 
+def test_shared_embeddings_stay_dense() -> None:
+    made = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 16), nn.Linear(16, 8, bias=False))
+    made[2].weight = made[0].weight
+    apply_fake_sparsity(made)
+    assert nms.find_violation(made[1].weight, "2:4") is None
+    assert bool((made[0].weight != 0).all())
+
+
 def test_what_does_not_hold_is_refused() -> None:
     made = model()
     apply_fake_sparsity(made, filter_fn=first_linear)
