@@ -69,4 +69,6 @@ STABLE_TORCH_LIBRARY(nmsparse, m) {
       "str activation) -> Tensor");
   m.def("epilogue(Tensor y, Tensor? scales, Tensor? bias, str activation) -> Tensor");
   m.def("epilogue_(Tensor(a!) y, Tensor? scales, Tensor? bias, str activation) -> ()");
+  m.def("lt_prune_pack(Tensor w, str layout) -> Tensor");
+  m.def("transposable_pack(Tensor w) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -70,6 +70,11 @@ def portable_bytes(rows: int, k: int, dtype: torch.dtype, batches: int = 1) -> i
 # ---------------------------------------------------------------------------------------------------- layouts
 
 
+def blob_bytes(rows: int, k: int, dtype: torch.dtype) -> int:
+    """Bytes of what `lt_pack` gives: values, and four bits a group."""
+    return rows * k // 2 * dtype.itemsize + rows * (k // hardware_pattern(dtype).m) // 2
+
+
 def layout_multiples(layout: str, dtype: torch.dtype) -> tuple[int, int]:
     """What rows and inputs must be multiples of; (0, 0) if the layout has no such weights."""
     inputs = hardware_pattern(dtype).m
@@ -110,23 +115,39 @@ def _check_dtype(tensor: Tensor, name: str) -> None:
     )
 
 
+def _check_layout(layout: str) -> None:
+    torch._check(layout in LAYOUTS, lambda: f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+
+
+def _check_layout_sizes(layout: str, rows: int, k: int, dtype: torch.dtype) -> None:
+    row_multiple, k_multiple = layout_multiples(layout, dtype)
+    torch._check(row_multiple != 0, lambda: f"layout {layout} is of 16-bit weights")
+    torch._check(
+        rows % row_multiple == 0 and k % k_multiple == 0,
+        lambda: (
+            f"layout {layout} needs rows in multiples of {row_multiple} and k in multiples of {k_multiple}, "
+            f"got [{rows}, {k}]"
+        ),
+    )
+
+
+def check_lt_prune_pack(w: Tensor, layout: str) -> None:
+    """Raises what `lt_prune_pack` raises."""
+    _check_layout(layout)
+    _check_dtype(w, "w")
+    torch._check(w.dim() == 2, lambda: f"w must have 2 dimensions, got {w.dim()}")
+    _check_layout_sizes(layout, w.shape[0], w.shape[1], w.dtype)
+
+
 def check_lt_pack(values: Tensor, indices: Tensor, k: int, layout: str) -> None:
     """Raises what `lt_pack` raises."""
-    torch._check(layout in LAYOUTS, lambda: f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    _check_layout(layout)
     _check_dtype(values, "values")
     torch._check(
         values.dim() == 2 and values.is_contiguous() and values.shape[1] * 2 == k,
         lambda: f"values must be contiguous [rows, k / 2] with k = {k}, got {list(values.shape)}",
     )
-    row_multiple, k_multiple = layout_multiples(layout, values.dtype)
-    torch._check(row_multiple != 0, lambda: f"layout {layout} is of 16-bit weights")
-    torch._check(
-        values.shape[0] % row_multiple == 0 and k % k_multiple == 0,
-        lambda: (
-            f"layout {layout} needs rows in multiples of {row_multiple} and k in multiples of {k_multiple}, "
-            f"got [{values.shape[0]}, {k}]"
-        ),
-    )
+    _check_layout_sizes(layout, values.shape[0], k, values.dtype)
     pattern = hardware_pattern(values.dtype)
     checks.check_packed(values, indices, pattern.n, pattern.m, k, 1)
 

@@ -129,6 +129,17 @@ def _fake_transposable_bits(w: Tensor) -> Tensor:
 
 
 @_fake
+def _fake_transposable_pack(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    checks.check_transposable(w)
+    rows, cols = w.shape
+
+    def packed(rows: int, k: int) -> tuple[Tensor, Tensor]:
+        return w.new_empty((rows, k // 2)), w.new_empty((rows, checks.ceil_div(k, 8)), dtype=torch.uint8)
+
+    return (*packed(rows, cols), *packed(cols, rows), _fake_transposable_bits(w))
+
+
+@_fake
 def _fake_sgd_(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], *arguments: Any) -> None:
     sparse, bits, changes, patterns, term, _lambda_w, _lr, lr_tensor, momentum = arguments[:9]
     states = [momenta] if momentum else []
@@ -324,8 +335,13 @@ def _fake_panel_linear_int8(
 @_fake
 def _fake_lt_pack(values: Tensor, indices: Tensor, k: int, layout: str) -> Tensor:
     lt.check_lt_pack(values, indices, k, layout)
-    groups = k // lt.hardware_pattern(values.dtype).m
-    return indices.new_empty(values.numel() * values.element_size() + values.shape[0] * groups // 2)
+    return indices.new_empty(lt.blob_bytes(values.shape[0], k, values.dtype))
+
+
+@_fake
+def _fake_lt_prune_pack(w: Tensor, layout: str) -> Tensor:
+    lt.check_lt_prune_pack(w, layout)
+    return w.new_empty(lt.blob_bytes(w.shape[0], w.shape[1], w.dtype), dtype=torch.uint8)
 
 
 @_fake

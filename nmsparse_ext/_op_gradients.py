@@ -50,6 +50,20 @@ def _grad_compress(ctx: Any, grad: Tensor, _grad_indices: Tensor) -> tuple[Tenso
     return grad_w, None, None, None, None
 
 
+def _save_transposable_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, indices, _, indices_t, bits = output
+    ctx.shape = inputs[0].shape
+    ctx.mark_non_differentiable(indices, indices_t, bits)
+    ctx.save_for_backward(indices, indices_t)
+
+
+def _grad_transposable_pack(ctx: Any, grad: Tensor, _indices: Any, grad_t: Tensor, *_others: Any) -> Tensor:
+    indices, indices_t = ctx.saved_tensors
+    rows, cols = ctx.shape
+    normal = torch.ops.nmsparse.decompress(grad.contiguous(), indices, 2, 4, cols, 1)
+    return normal + torch.ops.nmsparse.decompress(grad_t.contiguous(), indices_t, 2, 4, rows, 1).T
+
+
 def _save_decompress(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, indices, ctx.n, ctx.m, _, ctx.dim = inputs
     ctx.save_for_backward(indices)
@@ -243,5 +257,6 @@ for _name, _backward, _setup in (
     ("apply_bits", _grad_apply_bits, _save_apply_bits),
     ("compress", _grad_compress, _save_compress),
     ("decompress", _grad_decompress, _save_decompress),
+    ("transposable_pack", _grad_transposable_pack, _save_transposable_pack),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=library)

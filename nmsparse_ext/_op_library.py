@@ -67,6 +67,8 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
     "small_batch_linear": (),
     "epilogue": (),
     "epilogue_": ("y",),
+    "lt_prune_pack": (),
+    "transposable_pack": (),
 }
 
 

@@ -34,6 +34,13 @@ def lt_pack(values: Tensor, indices: Tensor, k: int, layout: str) -> Tensor:
     return torch.cat([values.flatten().view(torch.uint8), low | high << 4])
 
 
+def lt_prune_pack(w: Tensor, layout: str) -> Tensor:
+    """`lt_pack` of a dense weight ``[rows, k]``, of which the two largest of every four (one of two) stay."""
+    lt.check_lt_prune_pack(w, layout)
+    pattern = lt.hardware_pattern(w.dtype)
+    return lt_pack(*reference.compress(w, pattern.n, pattern.m, 1, False), w.shape[1], layout)
+
+
 def lt_compress(w: Tensor, size: int) -> Tensor:
     """Compresses a weight that is 2:4 (1:2 in float32) for `lt_matmul`.
 

@@ -30,6 +30,7 @@ from ._build import extension
 from ._checks import ceil_div
 from ._lt_autograd import Backing, Epilogue, LtLinear
 from ._lt_library import library
+from ._lt_probe import usable_layout
 from ._lt_search import DEFAULT, Algorithms, Choice, Found, Key, problem_text
 from ._lt_search import search as checked_search
 
@@ -153,6 +154,8 @@ def pack(weight: NMTensor, *, gradients: bool = False) -> LtWeight:
 def compress(dense: Tensor) -> Tensor:
     """The library's form of a weight that has the hardware's pattern, 2:4 (float32: 1:2).
 
+    Our kernel writes it where a probe has shown that it writes the library's bytes, else the library does.
+
     Args:
         dense: ``[rows, k]`` or ``[batches, rows, k]``, contiguous, of a dtype and of sizes that the library
             takes, which is not checked here; nor is the pattern.
@@ -160,6 +163,16 @@ def compress(dense: Tensor) -> Tensor:
     Returns:
         uint8 ``[bytes]``.
     """
+    layout = None
+    if dense.is_cuda and dense.dim() == 2:
+        layout = usable_layout(dense.device, library()[0] or "", dense.dtype, *dense.shape)
+    if layout is not None:
+        return torch.ops.nmsparse.lt_prune_pack(dense, layout)
+    return compress_with_library(dense)
+
+
+def compress_with_library(dense: Tensor) -> Tensor:
+    """`compress`, by the library itself."""
     rows, k = dense.shape[-2:]
     batches = dense.shape[0] if dense.dim() == 3 else 1
     if dense.is_cuda:

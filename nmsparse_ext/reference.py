@@ -342,8 +342,26 @@ def transposable_bits(w: Tensor) -> Tensor:
     return _pack_last(row_masks[row_pattern].reshape(rows, cols))
 
 
+def transposable_pack(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``w`` and ``w.T`` in 2:4, both packed with the mask of `transposable_bits`.
+
+    Returns:
+        ``values [R, C / 2]`` and ``indices [R, ceil(C / 8)]`` of ``w``, ``values_t [C, R / 2]`` and
+        ``indices_t [C, ceil(R / 8)]`` of ``w.T``, and the mask's ``bits [R, ceil(C / 8)]``.
+    """
+    bits = transposable_bits(w)
+    mask = unpack_bits(bits, w.shape[1], 1)
+
+    def pack(w: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        # The mask as a weight: its groups have two nonzeros, so that just those are kept.
+        _, indices = compress(mask.to(torch.int8).contiguous(), 2, 4, 1, False)
+        return gather_packed(as_int(w.contiguous()), indices, 2, 4, 1).view(w.dtype), indices
+
+    return (*pack(w, mask), *pack(w.T, mask.T), bits)
+
+
 # Panels, the optimizer steps and cuSPARSELt's ops, which use what stands above, have files of their own.
-from ._reference_lt import lt_compress, lt_matmul, lt_pack  # noqa: E402, F401
+from ._reference_lt import lt_compress, lt_matmul, lt_pack, lt_prune_pack  # noqa: E402, F401
 from ._reference_optim import adamw_, sgd_  # noqa: E402, F401
 from ._reference_panels import (  # noqa: E402, F401
     panel_conv,

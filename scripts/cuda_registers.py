@@ -3,6 +3,8 @@
     python scripts/cuda_registers.py nmsparse_ext/_C*.so            # a library built for sm_80 and sm_90
     python scripts/cuda_registers.py nmsparse_ext/_C*.so --check    # only fails if a kernel spills
 
+Object files of the kernels will do, too, all that there are.
+
 A spilled register lives in local memory, which is much slower; registers limit how many threads a
 multiprocessor can hold. Needs `cuobjdump`, as list_archs.py does, and `c++filt`.
 """
@@ -22,11 +24,14 @@ README = Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "README.md"
 BEGIN, END = "<!-- registers: written by scripts/cuda_registers.py -->\n", "<!-- registers: end -->\n"
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 
+#: These keep an array on purpose in memory that each thread has for itself: the old mask of a span.
+WITH_STACK = ("StepStrided",)
+
 Usage = dict[str, dict[str, int]]  # kernel -> architecture -> registers
 
 
 def resource_usage(library: Path) -> tuple[Usage, list[str]]:
-    """Registers of every kernel in the library, and the kernels that have a stack frame."""
+    """Registers of every kernel in the library, and the kernels that have a stack frame and should not."""
     command = [find_cuobjdump(), "--dump-resource-usage", str(library)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
@@ -40,7 +45,7 @@ def resource_usage(library: Path) -> tuple[Usage, list[str]]:
             kernel = readable(found[1])
         elif found := re.match(r"REG:(\d+) STACK:(\d+)", line.strip()):
             usage[kernel][arch] = int(found[1])
-            if int(found[2]):
+            if int(found[2]) and not kernel.startswith(WITH_STACK):
                 spilling.append(f"{kernel} ({arch})")
     return usage, spilling
 
@@ -48,11 +53,27 @@ def resource_usage(library: Path) -> tuple[Usage, list[str]]:
 def readable(name: str) -> str:
     """``staged_kernel<SelectStaged<(DType)1, 4>>(...)`` -> ``SelectStaged<float32, 4>``."""
     name = re.sub(r"\(?\(nms::DType\)(\d)\)?", lambda m: DTYPES[int(m[1])], name).replace("nms::", "")
-    found = re.match(r"(?:map|staged)_kernel<(.*?)>\s*\(|reduce_kernel<\w+, (.*?)>\s*\(|(\w+)\(", name)
+    found = re.match(r"(?!reduce)\w+_kernel<(.*?)>\s*\(|reduce_kernel<\w+, (.*?)>\s*\(|(\w+)\(", name)
     body = next(filter(None, found.groups())) if found else name
     for unsigned, bits in (("char", 8), ("short", 16), ("int", 32), ("long", 64)):
         body = body.replace(f"unsigned {unsigned}", f"{bits} bits")
     return body.replace(" >", ">").strip()
+
+
+def row_of(kernel: str) -> str:
+    """The row of the table that a kernel belongs to."""
+    name, _, arguments = kernel.partition("<")
+    if name in {"SelectStaged", "CompressStaged"}:
+        m = re.search(r"(\d+)>$", arguments)
+        assert m is not None
+        row = f"{name}, m = {m[1]}" if m[1] != "0" else f"{name}, any m"
+    elif name == "SmallBatch":
+        tokens = re.search(r", (\d+), (\w+)<", arguments)
+        assert tokens is not None
+        row = f"{name}, T = {tokens[1]}" + (", any pattern" if tokens[2] == "AnyUnit" else "")
+    else:
+        row = name
+    return row + ("; float64" if "float64" in arguments or "64 bits" in arguments else "")
 
 
 def table(usage: Usage) -> str:
@@ -60,12 +81,8 @@ def table(usage: Usage) -> str:
     archs = sorted({arch for per_arch in usage.values() for arch in per_arch})
     rows: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for kernel, per_arch in usage.items():
-        name, _, arguments = kernel.partition("<")
-        wide = "float64" in arguments or "64 bits" in arguments
-        m = re.search(r"(\d+)>$", arguments) if name in {"SelectStaged", "CompressStaged"} else None
-        row = name + (f", m = {m[1]}" if m and m[1] != "0" else ", any m" if m else "")
         for arch, registers in per_arch.items():
-            rows[row + ("; float64" if wide else "")][arch].append(registers)
+            rows[row_of(kernel)][arch].append(registers)
     lines = [f"| kernel | {' | '.join(archs)} |", f"|---|{'---|' * len(archs)}"]
 
     def natural(row: str) -> list[str | int]:
@@ -83,12 +100,17 @@ def table(usage: Usage) -> str:
 def main() -> None:
     """Checks for spills and rewrites the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("library", type=Path)
+    parser.add_argument("library", type=Path, nargs="+")
     parser.add_argument("--check", action="store_true", help="leave the table as it is")
     arguments = parser.parse_args()
-    usage, spilling = resource_usage(arguments.library)
+    usage: Usage = {}
+    spilling: list[str] = []
+    for library in arguments.library:
+        found, with_stack = resource_usage(library)
+        usage |= found
+        spilling += with_stack
     if not usage:
-        sys.exit(f"no kernels in {arguments.library}")
+        sys.exit("no kernels in " + ", ".join(map(str, arguments.library)))
     if spilling:
         sys.exit("kernels with a stack frame: " + ", ".join(sorted(spilling)))
     if not arguments.check:

@@ -121,6 +121,12 @@ def sample_calls() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "check_indices": [(indices, n, m, w.shape[dim]) for w, _, indices, n, m, dim in packed],
         "transposable_bits": [(torch.randn(8, 12),), (torch.randn(12, 4, dtype=torch.bfloat16).T,)],
+        "transposable_pack": [
+            (torch.randn(8, 12, requires_grad=True),),
+            (torch.randn(12, 4, dtype=torch.bfloat16).T,),
+            (content((4, 20), torch.int8, "ties", 5),),
+            (torch.empty(0, 8),),
+        ],
         **list_calls(),
         **panel_calls(),
         **optim_calls(),
@@ -132,7 +138,8 @@ def sample_calls() -> dict[str, list[tuple[Any, ...]]]:
 def lt_calls() -> dict[str, list[tuple[Any, ...]]]:
     """Arguments for cuSPARSELt's ops: every dtype, ragged tokens, a batch, results of another dtype."""
     random = torch.Generator().manual_seed(0)
-    calls: dict[str, list[tuple[Any, ...]]] = {"lt_pack": [], "lt_compress": [], "lt_matmul": []}
+    names = ("lt_pack", "lt_prune_pack", "lt_compress", "lt_matmul")
+    calls: dict[str, list[tuple[Any, ...]]] = {name: [] for name in names}
     for dtype, out_dtype, activation in (
         (torch.float32, None, "relu"),
         (torch.bfloat16, None, "none"),
@@ -145,6 +152,7 @@ def lt_calls() -> dict[str, list[tuple[Any, ...]]]:
         x = torch.randint(-3, 4, (2, 5, 64), generator=random).to(dtype)
         pattern = lt.hardware_pattern(dtype)
         calls["lt_pack"].append((*reference.compress(w[0], pattern.n, pattern.m, 1, False), 64, "cutlass"))
+        calls["lt_prune_pack"].append((w[0], "cutlass"))
         bias = torch.ones(32).to(lt.bias_dtype(dtype, out_dtype or dtype))
         scales = torch.full((32,), 0.5) if dtype == torch.int8 else None
         for one_w, one_x in ((w, x), (w[0], x[0])):

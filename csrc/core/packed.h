@@ -21,7 +21,7 @@ struct PackedFormat {
   int group_bits;  // width of a group's code
 };
 
-NMS_HD PackedFormat packed_format(int n, int m) {
+NMS_HD constexpr PackedFormat packed_format(int n, int m) {
   const int index_bits = m <= 4 ? 2 : m <= 16 ? 4 : 8;
   return n * index_bits <= m ? PackedFormat{n, m, index_bits, n * index_bits} : PackedFormat{n, m, 0, m};
 }

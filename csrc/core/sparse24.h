@@ -60,4 +60,24 @@ NMS_HD int64_t nibble_place(MetadataLayout layout, int element_bytes, int64_t ro
   }
 }
 
+// ---- What a thread packs at once ----
+//
+// Rows r and r + 8, 64 bytes of each: in every layout their nibbles lie side by side, 8 bytes (8-bit types: 16) from a
+// multiple of as many bytes on. In 16-bit words of four nibbles, of groups q, q + 1, ...:
+//
+//   16 and 32 bits, cutlass and sm80     r: 0-3    r + 8: 0-3    r: 4-7    r + 8: 4-7
+//   8 bits, cutlass                      r: 0-3, r: 4-7, r + 8: 0-3, r + 8: 4-7, r: 8-11, r: 12-15, r + 8: 8-11, 12-15
+//   sm90, bytes of r (low), r + 8        0, 4, 1, 5, 2, 6, 3, 7
+constexpr int kPackBytes = 64;  // of a dense row
+
+// Groups of a row in a unit.
+NMS_HD constexpr int unit_groups(int element_bytes) { return element_bytes == 1 ? 16 : 8; }
+
+// Which of the unit's nibbles belongs to its group g of row r + 8 * second.
+NMS_HD constexpr int unit_nibble(MetadataLayout layout, int element_bytes, int second, int g) {
+  if (layout == MetadataLayout::kSm90) return (g % 4 * 2 + g / 4) * 2 + second;
+  const int word = element_bytes == 1 ? 8 : 4;  // nibbles
+  return (second + g / word * 2) * word + g % word;
+}
+
 }  // namespace nms

@@ -117,7 +117,7 @@ std::vector<int64_t> strides_in_order(const std::vector<int64_t>& sizes, const s
   return strides;
 }
 
-Shape random_shape(int64_t max_elements) {
+[[maybe_unused]] Shape random_shape(int64_t max_elements) {
   const int dims = static_cast<int>(random_int(1, 5));
   Shape shape;
   int64_t left = max_elements;

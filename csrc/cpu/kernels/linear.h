@@ -15,12 +15,11 @@
 
 #include <cstdint>
 
+#include "../../core/activation.h"
 #include "../../core/dtype.h"
 #include "../../core/panel_layout.h"
 
 namespace nms {
-
-enum class Activation : int { kNone, kRelu, kGelu, kSilu };
 
 constexpr int kMaxTileRows = 16;
 constexpr int kMaxBlockPanels = 32;

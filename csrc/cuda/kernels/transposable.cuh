@@ -63,11 +63,7 @@ struct SelectTransposable {
           static_cast<uint8_t>((left >> (4 * i) & 0xF) | (right >> (4 * i) & 0xF) << 4);
   }
 
- private:
-  struct alignas(sizeof(Bits) * 4 < kChunkBytes ? sizeof(Bits) * 4 : kChunkBytes) Four {
-    Bits element[4];
-  };
-
+  // Bit 4 * row + column: kept, of the tile that begins there.
   NMS_HD uint32_t select(int64_t row, int64_t col) const {
     TileScore<D> scores[16];
     const Bits* tile = src + row * src_row + col * src_col;
@@ -85,6 +81,11 @@ struct SelectTransposable {
     }
     return select_transposable(scores);
   }
+
+ private:
+  struct alignas(sizeof(Bits) * 4 < kChunkBytes ? sizeof(Bits) * 4 : kChunkBytes) Four {
+    Bits element[4];
+  };
 };
 
 template <DType D>
