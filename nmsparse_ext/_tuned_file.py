@@ -72,6 +72,7 @@ class TunedFile(Generic[KeyT, ResultT]):
         self._lock = threading.Lock()
         self._found: dict[KeyT, ResultT] | None = None
         self._writable = True
+        self.added = 0  # how often; whoever holds on to what was found sees by it that there is more
 
     def get(self, key: KeyT) -> ResultT | None:
         """What was found, or None."""
@@ -90,6 +91,7 @@ class TunedFile(Generic[KeyT, ResultT]):
         """Remembers a result, in the file too, together with what others have written there meanwhile."""
         with self._lock:
             self._load()[key] = found
+            self.added += 1
             if not self._writable:
                 return
             written = self._read()

@@ -23,7 +23,7 @@ import functools
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -216,17 +216,16 @@ class Measured:
     k: int
     points: Mapping[int, Mapping[str, float]]
 
-    def winner(self, tokens: int) -> str:
+    def winner(self, tokens: int, possible: Collection[str] = BRANCHES) -> str:
         """What was the fastest at a measured number of tokens; dense unless another is faster than noise."""
-        times = self.points[tokens]
-        best = min(times, key=times.__getitem__)
-        return best if times[best] * NOISE <= times.get(DENSE, math.inf) else DENSE
+        times = {way: time for way, time in self.points[tokens].items() if way in possible}
+        best = min(times, key=times.__getitem__, default=DENSE)
+        return best if times.get(best, math.inf) * NOISE <= times.get(DENSE, math.inf) else DENSE
 
     def choices(self, problem: Problem) -> Choices:
         """What goes, for every number of tokens."""
-        why_not = reasons(problem)
-        winners = [(tokens, self.winner(tokens)) for tokens in sorted(self.points)]
-        winners = [(tokens, branch if why_not[branch] is None else DENSE) for tokens, branch in winners]
+        possible = [way for way, reason in reasons(problem).items() if reason is None]
+        winners = [(tokens, self.winner(tokens, possible)) for tokens in sorted(self.points)]
         last, branch = winners[-1]
         if branch == SMALL_BATCH:  # which does not go on without end
             winners += [(max(last, SMALL_BATCH_TOKENS), branch), (SMALL_BATCH_TOKENS + 1, DENSE)]
@@ -317,7 +316,8 @@ def set_table(path: str | os.PathLike[str] | None) -> None:
 
 def forget_choices() -> None:
     """Has choices made anew from what has been measured by now."""
-    _known.clear()
+    global _known
+    _known = {}  # another one, by which whoever holds on to a choice sees that it may be out of date
 
 
 def measured(problem: Problem) -> Measured | None:
@@ -328,11 +328,17 @@ def measured(problem: Problem) -> Measured | None:
 def choices_for(problem: Problem) -> Choices:
     """Which way goes for how many tokens."""
     # Whatever else the choice depends on stands beside the problem.
+    known = _known
     full = (*problem, cusparselt.search_mode(), problem.dtype == torch.float32 and _tf32())
-    found = _known.get(full)
+    found = known.get(full)
     if found is None:
-        found = _known[full] = _choose(problem)
+        found = known[full] = _choose(problem)
     return found
+
+
+def era() -> tuple[object, str]:
+    """Choices of 16-bit weights may be held on to as long as both of these are the same objects."""
+    return _known, cusparselt.search_mode()
 
 
 def _choose(problem: Problem) -> Choices:

@@ -57,6 +57,9 @@ __all__ = [
 SearchMode = Literal["off", "file", "first-use"]
 _MODES = get_args(SearchMode)
 
+_lt_matmul = torch.ops.nmsparse.lt_matmul.default  # found once: a packet looks for the overload in every call
+_epilogue = torch.ops.nmsparse.epilogue.default
+
 #: What `linear` can apply to its sums: what the library fuses, and what is a step of its own.
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
@@ -296,13 +299,15 @@ def multiply(
     fused = activation if is_fused else "none"
     if choice is None:
         choice = _chosen(x, weight, out, bias, scales, fused)
-    y = torch.ops.nmsparse.lt_matmul(
-        x, weight.blob, bias, scales, alpha, weight.rows, fused, out, choice.algorithm, choice.split_k,
-        choice.split_k_mode,
-    )  # fmt: skip
-    if not is_fused:
-        torch.ops.nmsparse.epilogue_(y, None, None, activation)
-    return y
+    y = _lt_matmul(x, weight.blob, bias, scales, alpha, weight.rows, fused, out, *choice)
+    return y if is_fused else _activated(y, activation)
+
+
+def _activated(y: Tensor, activation: str) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _epilogue(y, None, None, activation)
+    with torch._C._AutoDispatchBelowAutograd():  # its gradients are Python, which takes as long as the op
+        return _epilogue(y, None, None, activation)
 
 
 def _multiply_again(
@@ -369,6 +374,8 @@ def _check_linear(
 
 _algorithms = Algorithms()
 _mode: SearchMode = "file"
+_recent: dict[tuple[Any, ...], Choice] = {}  # what was chosen, product by product
+_MOST_RECENT = 4096
 
 
 def search_mode() -> SearchMode:
@@ -393,6 +400,7 @@ def set_search_mode(mode: SearchMode, *, path: str | os.PathLike[str] | None = N
     _mode = mode
     if path is not None:
         _algorithms = Algorithms(path)
+    _recent.clear()
 
 
 def algorithms_path() -> str:
@@ -476,19 +484,35 @@ def _chosen(
     if _mode == "off" or x.device.type != "cuda" or torch.compiler.is_compiling():
         return DEFAULT
     tokens = x.shape[-2]
+    product = (tokens, bias is not None, scales is not None, activation, out_dtype)
+    which = (
+        _algorithms,
+        _algorithms.added,
+        x.device,
+        weight.dtype,
+        weight.rows,
+        weight.k,
+        weight.batches,
+        *product,
+    )
+    choice = _recent.get(which)
+    if choice is None:
+        choice = _looked_up(weight, *product)
+        if _mode != "first-use" or not torch.cuda.is_current_stream_capturing():
+            if len(_recent) >= _MOST_RECENT:
+                _recent.clear()
+            _recent[which] = choice
+    return choice
+
+
+def _looked_up(
+    weight: LtWeight, tokens: int, bias: bool, scales: bool, activation: str, out_dtype: torch.dtype
+) -> Choice:
     if tokens == 0 or (_mode == "file" and len(_algorithms) == 0):
         return DEFAULT
-    product = (tokens, bias is not None, scales is not None, activation, out_dtype)
-    found = _algorithms.get(_key(weight, *product))
+    found = _algorithms.get(_key(weight, tokens, bias, scales, activation, out_dtype))
     if found is None and _mode == "first-use" and not torch.cuda.is_current_stream_capturing():
-        found = search(
-            weight,
-            tokens,
-            bias=bias is not None,
-            scales=scales is not None,
-            activation=activation,
-            out_dtype=out_dtype,
-        )
+        found = search(weight, tokens, bias=bias, scales=scales, activation=activation, out_dtype=out_dtype)
     return DEFAULT if found is None else found.choice
 
 

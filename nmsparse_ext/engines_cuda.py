@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import crossover, cusparselt, ops
 from ._checks import holds_data
 from ._op_gradients import _slope as slope
 from ._op_library import NAMESPACE, library
 from ._panel_layout import ACTIVATIONS
-from .crossover import DENSE, LT, SMALL_BATCH, Problem
+from .crossover import DENSE, LT, SMALL_BATCH, Choices, Problem
 from .cusparselt import LtWeight
 from .engines import Engine, portable, register_engine, unpack_rows, unpacked_conv
 from .panels import Activation, transforming
@@ -41,6 +42,8 @@ DEVICES = {"cuda"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 CUDA_ENGINES = ("cuda", "cuda-packed")
+
+_small_batch_linear = torch.ops.nmsparse.small_batch_linear.default  # found once, see `cusparselt`
 
 #: values, indices, dense rows, the library's form; see `multiply`.
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -174,7 +177,7 @@ def multiply(
 
     Args:
         branch: One of `crossover.BRANCHES`.
-        x: ``[tokens, k]``.
+        x: ``[..., k]``.
         values: ``[rows, groups * n]``.
         indices: uint8 ``[rows, bytes]``.
         dense: ``[rows, k]``; None or empty: there is none.
@@ -184,16 +187,18 @@ def multiply(
         activation: Applied to the sums.
 
     Returns:
-        ``[tokens, rows]``.
+        ``[..., rows]``.
     """
     k = x.shape[-1]
     if branch == SMALL_BATCH:
-        return torch.ops.nmsparse.small_batch_linear(
-            x, values, indices, None, bias, pattern.n, pattern.m, k, activation
-        )
+        with torch._C._AutoDispatchBelowAutograd():  # its gradients are Python, which takes as long as the op
+            return _small_batch_linear(x, values, indices, None, bias, pattern.n, pattern.m, k, activation)
     if branch == LT and blob is not None and blob.numel():
         weight = LtWeight(blob, values.shape[0], k, values.dtype)
-        return cusparselt.multiply(x, weight, bias, activation=activation)
+        if x.dim() == 2:
+            return cusparselt.multiply(x, weight, bias, None, 1.0, activation)
+        y = cusparselt.multiply(x.reshape(-1, k), weight, bias, None, 1.0, activation)
+        return y.view(*x.shape[:-1], values.shape[0])
     if dense is None or not dense.numel():
         dense = ops.unpack(values, indices, pattern, k=k, dim=-1)
     y = F.linear(x, dense, bias)
@@ -210,13 +215,10 @@ def _run(
     pattern: Pattern,
     activation: str,
 ) -> Tensor:
-    shape, rows = x.shape, values.shape[0]
-    if len(shape) != 2:
-        x = x.reshape(-1, shape[-1])
-    problem = Problem(values.device, values.dtype, pattern, rows, shape[-1])
-    branch = crossover.choices_for(problem).at(x.shape[0])
-    y = multiply(branch, x, values, indices, dense, blob, bias, pattern, activation)
-    return y if len(shape) == 2 else y.view(*shape[:-1], rows)
+    k = x.shape[-1]
+    problem = Problem(values.device, values.dtype, pattern, values.shape[0], k)
+    branch = crossover.choices_for(problem).at(x.numel() // k if k else 0)
+    return multiply(branch, x, values, indices, dense, blob, bias, pattern, activation)
 
 
 # ----------------------------------------------------------------------------------------------------- the op
@@ -289,12 +291,31 @@ torch.library.register_autograd(f"{NAMESPACE}::tuned_linear", _grad, setup_conte
 def _linear(
     input: Tensor, weight: NMTensor, bias: Tensor | None = None, activation: Activation = "none"
 ) -> Tensor:
+    device = input.device.type
+    # The common call of inference comes first, and is spelled out: around a product of few tokens Python
+    # takes as long as the product.
+    if (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(device)
+        and (bias is None or bias.shape == weight.rows)
+        and forward_ad._current_level < 0
+        and torch._C._functorch.maybe_current_level() is None
+    ):
+        if weight.shared is not None:
+            weight.shared.refresh()
+        held = weight.__dict__  # "cuda-packed" has no forms
+        dense, blob = held.get("form_dense"), held.get("form_blob")
+        branch = _choices(weight).at(input.numel() // weight.k if weight.k else 0)
+        values, indices = weight.packed_values, weight.packed_indices
+        assert values is not None
+        assert indices is not None
+        return multiply(branch, input, values, indices, dense, blob, bias, weight.pattern, activation)
     values = weight.packed_values
     if (values is not None and values.requires_grad and torch.is_grad_enabled()) or transforming():
         # A gradient for the values, forward-mode derivatives or vmap: see the engines on the CPU.
         y = F.linear(input, unpack_rows(weight), bias)
         return y if activation == "none" else getattr(F, activation)(y)
-    device = input.device.type
     if not torch.is_autocast_enabled(device):
         return _product(input, weight, bias, activation)
     dtype = torch.get_autocast_dtype(device)
@@ -307,6 +328,19 @@ def _linear(
         # There is no place where a cast weight could stay, above all not in a graph.
         lower: Operands = (weight.values.to(dtype), weight.indices, None, None)
         return _with_any_bias(input, lower, weight, bias, activation)
+
+
+def _choices(weight: NMTensor) -> Choices:
+    """Which way goes for how many tokens; remembered on the weight as long as it cannot change."""
+    era = crossover.era()
+    kept = weight.__dict__.get("_choices")
+    if kept is not None and kept[0] is era[0] and kept[1] is era[1]:
+        return kept[2]
+    problem = problem_of(weight)
+    choices = crossover.choices_for(problem)
+    if problem.dtype != torch.float32:  # where whether TF32 is allowed counts, too
+        weight.__dict__["_choices"] = (*era, choices)
+    return choices
 
 
 def _product(input: Tensor, weight: NMTensor, bias: Tensor | None, activation: Activation) -> Tensor:
