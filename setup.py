@@ -13,7 +13,8 @@ unset                                  CUDA if this torch is a CUDA build and a 
 =====================================  ===============================================================
 
 ``TORCH_CUDA_ARCH_LIST`` chooses the architectures, ``MAX_JOBS`` the number of parallel compiles, ``DEBUG=1``
-an unoptimised build with assertions.
+an unoptimised build with assertions, ``NMSPARSE_SANITIZE=address`` one under GCC's or Clang's sanitizers
+(Python then needs their runtime preloaded: see ``scripts/fuzz_sanitized.sh``).
 """
 
 from __future__ import annotations
@@ -111,7 +112,11 @@ def extension(kind: str) -> dict[str, Any]:
     # No contraction: the same source must round alike on every instruction set. Fused multiply-adds
     # are written where they are wanted.
     cxx = [*common, "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", *isystem]
-    if not debug:
+    sanitize = os.environ.get("NMSPARSE_SANITIZE", "").strip()
+    checks = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
+    if sanitize:  # optimised as little as the intrinsics' templates allow, as in CMakeLists.txt
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", *checks]
+    elif not debug:
         cxx.append("-g0")  # many Pythons add -g to every extension's flags: ten times the size
     # The stable ABI's current-stream call is declared only under USE_CUDA.
     nvcc = [*common, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", *(["-G"] if debug else ["-lineinfo"])]
@@ -127,7 +132,9 @@ def extension(kind: str) -> dict[str, Any]:
             extra_compile_args={"cxx": cxx, "nvcc": [*nvcc, "--threads=2"]},
         )
     else:
-        module = CppExtension("nmsparse_ext._C", CPU_SOURCES, extra_compile_args={"cxx": cxx})
+        module = CppExtension(
+            "nmsparse_ext._C", CPU_SOURCES, extra_compile_args={"cxx": cxx}, extra_link_args=checks
+        )
     module.depends = HEADERS
     module.libraries.remove("torch_python")  # no tensor crosses pybind11; the rest is libtorch's stable ABI
     return {

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._build import extension
 from ._checks import WEIGHT_DTYPES, holds_data
 from .pattern import Pattern
 
+_CHECK_BYTES = 1 << 14
 REMAINDERS: tuple[ops.Remainder, ...] = ("error", "pad")
 
 
@@ -54,12 +56,31 @@ def check_parts(
             f"indices must have shape {wanted} for {pattern} and shape {shape}, got {list(indices.shape)}"
         )
     if holds_data(indices):
-        bad = ops.check_indices(indices, pattern, k=k)
+        bad = _illegal_group(indices, pattern, k)
         if bad is not None:
             raise ValueError(
                 f"indices of group {list(bad)} ([other dims..., group]) are no legal choice of {pattern.n} "
                 f"of {pattern.m}: they must be distinct, ascending and inside the group, and unused bits zero"
             )
+
+
+def _illegal_group(indices: Tensor, pattern: Pattern, k: int) -> tuple[int, ...] | None:
+    """The first group whose indices are illegal: its place among the other dims, and its number."""
+    if indices.numel() == 0:
+        return None
+    rows = indices.reshape(-1, indices.shape[-1])
+    # In pieces: without the extension the check takes a hundred times the memory of what it looks at.
+    step = len(rows) if extension is not None else max(1, _CHECK_BYTES // rows.shape[1])
+    for begin in range(0, len(rows), step):
+        bad = ops.check_indices(rows[begin : begin + step], pattern, k=k)
+        if bad is not None:
+            row, group = begin + bad[0], bad[1]
+            where: tuple[int, ...] = (group,)
+            for size in reversed(indices.shape[:-1]):
+                where = (row % size, *where)
+                row //= size
+            return where
+    return None
 
 
 def refuse_violation(w: Tensor, pattern: Pattern, dim: int, remainder: ops.Remainder) -> None:

@@ -12,6 +12,7 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 
 from ..._atomic import atomic_write
 from ...errors import FormatError
+from ...weights import canonical_name
 from ..format import brief
 from ..shards import INDEX_SUFFIX, locate, read_config, read_stored
 from ._peer import Source, plain_names
@@ -33,12 +34,17 @@ def open_source(source: str | os.PathLike[str] | Mapping[str, Any] | nn.Module) 
         OSError: If it cannot be opened.
     """
     if isinstance(source, nn.Module):
-        return Source(
-            plain_names({name: t.detach() for name, t in source.state_dict(keep_vars=True).items()})
-        )
+        tensors = {name: t.detach() for name, t in source.state_dict(keep_vars=True).items()}
+        # torch.ao.pruning keeps the masks of its parametrizations out of state dicts.
+        tensors |= {
+            name: mask
+            for name, mask in source.named_buffers()
+            if name.endswith(".mask") and ".parametrizations." in f".{name}"
+        }
+        return Source(plain_names(tensors))
     if isinstance(source, Mapping):
         tensors, entries = _state_dict(source)
-        return Source(plain_names(tensors), entries=entries)
+        return Source(plain_names(tensors), entries=entries, masks=_masks(source))
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source must be a path, a state dict or an nn.Module, got {type(source).__name__}")
     path = _file_of(os.fspath(source))
@@ -51,8 +57,9 @@ def open_source(source: str | os.PathLike[str] | Mapping[str, Any] | nn.Module) 
         packed = bool(contents.weights or contents.aliases)
         return Source(tensors if packed else plain_names(tensors), config, contents=contents, path=path)
     if start[:2] in (b"PK", b"\x80\x02"):
-        tensors, entries = _state_dict(_load_torch(path))
-        return Source(plain_names(tensors), config, entries, path=path)
+        checkpoint = _load_torch(path)
+        tensors, entries = _state_dict(checkpoint)
+        return Source(plain_names(tensors), config, entries, masks=_masks(checkpoint), path=path)
     return Source({}, config, text=start.decode("utf-8", "replace"), path=path)
 
 
@@ -92,6 +99,18 @@ def _state_dict(checkpoint: Any) -> tuple[dict[str, Any], frozenset[str]]:
             f"{brief(strange)} are no tensors"
         )
     return dict(checkpoint), frozenset()
+
+
+def _masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Masks of a ``torch.ao.pruning`` sparsifier whose state is saved beside the model's."""
+    masks: dict[str, Tensor] = {}
+    for entry in checkpoint.values():
+        state = entry.get("state") if isinstance(entry, Mapping) and "groups" in entry else None
+        for name, kept in state.items() if isinstance(state, Mapping) else ():
+            mask = kept.get("mask") if isinstance(kept, Mapping) else None
+            if isinstance(name, str) and isinstance(mask, Tensor):
+                masks[canonical_name(name)] = mask
+    return masks
 
 
 def write_torch(checkpoint: Mapping[str, Any], path: str) -> None:

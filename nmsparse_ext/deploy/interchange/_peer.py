@@ -23,6 +23,7 @@ class Source:
         config: The ``config.json`` beside it.
         entries: What a torch checkpoint holds besides the state dict (names only).
         contents: What the file says of our packed weights.
+        masks: Masks by parameter name that stand beside the state dict (a sparsifier's state).
         text: The beginning of a file that holds no tensors.
         path: Where it came from; ``""`` for a mapping.
     """
@@ -31,6 +32,7 @@ class Source:
     config: dict[str, Any] = field(default_factory=dict)
     entries: frozenset[str] = frozenset()
     contents: Contents = field(default_factory=Contents)
+    masks: dict[str, Tensor] = field(default_factory=dict)
     text: str = ""
     path: str = ""
 

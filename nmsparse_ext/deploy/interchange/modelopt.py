@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import FormatError
@@ -57,11 +58,12 @@ def _write(writing: Writing) -> dict[str, Any]:
             continue
         prefix = f"{canonical_name(path)}." if path else ""
         weight = writing.tensors.get(prefix + "weight")
-        if isinstance(weight, NMTensor):
-            result[prefix + _MASK] = mask_of(weight)
-        if "lm_head" not in path:
-            # -1 is ModelOpt's choice of a mask, 0 of none.
-            config[f"{prefix}is_sparse"] = -1 if isinstance(weight, NMTensor) else 0
+        if weight is None or "lm_head" in path:
+            continue
+        # Restoring makes a mask for each of these modules, and wants it filled; -1 says that it is in use.
+        config[f"{prefix}is_sparse"] = -1
+        full = torch.ones(tuple(weight.shape), dtype=torch.bool)
+        result[prefix + _MASK] = mask_of(weight) if isinstance(weight, NMTensor) else full
     checkpoint = {
         "modelopt_state": {
             "modelopt_state_dict": [

@@ -1,7 +1,11 @@
 """``torch.ao.pruning``: masks in parametrizations, as ``WeightNormSparsifier.prepare`` puts them there.
 
-A pruned weight is ``<module>.parametrizations.<name>.original`` and, for each parametrization that holds one,
-a mask ``<module>.parametrizations.<name>.<i>.mask`` of ones and zeros in the weight's dtype.
+A pruned weight is ``<module>.parametrizations.<name>.original``. Its mask, of ones and zeros in the weight's
+dtype, is a buffer ``<module>.parametrizations.<name>.<i>.mask``, which state dicts leave out: it is read from
+the model itself, or from the sparsifier's state (``sparsifier.state_dict()``) in the same checkpoint. That
+holds a ``defaultdict``, which ``torch.load(weights_only=True)`` refuses: save its ``"state"`` as a dict, or
+load the file yourself and hand the mapping over. What is written has masks in the state dict, which a
+prepared model loads.
 """
 
 from __future__ import annotations
@@ -27,11 +31,11 @@ def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
     masks: dict[str, Tensor] = {}
     result: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
-        original, mask = _ORIGINAL.fullmatch(name), _MASK.fullmatch(name)
+        original, found = _ORIGINAL.fullmatch(name), _MASK.fullmatch(name)
         if original is not None:
             originals[(original[1] or "") + original[2]] = tensor
-        elif mask is not None:
-            of = (mask[1] or "") + mask[2]
+        elif found is not None:
+            of = (found[1] or "") + found[2]
             ones = tensor.ne(0)
             if of in masks and masks[of].shape != ones.shape:
                 raise FormatError(f"{of}: masks of shapes {list(masks[of].shape)} and {list(ones.shape)}")
@@ -40,13 +44,19 @@ def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
             raise FormatError(f"{name!r} is of a parametrization that is no mask; remove it first")
         else:
             result[name] = tensor
+    for name, mask in source.masks.items():
+        if name in originals:
+            masks.setdefault(name, mask.ne(0))
     for name in masks:
         if name not in originals:
             raise FormatError(f"there is a mask of {name!r}, but no original")
     for name, weight in originals.items():
-        if name in result or name not in masks:
+        if name in result:
+            raise FormatError(f"{name!r} has an original, but is there too")
+        if name not in masks:
             raise FormatError(
-                f"{name!r} has an original, but {'is there too' if name in result else 'no mask'}"
+                f"{name!r} has an original, but no mask: state dicts do not have it. Save the sparsifier's "
+                "state_dict() in the same checkpoint, or call its squash_mask() before saving"
             )
         group_dim = reading.group_dim(name, weight, known)
         result[name] = pack_masked(name, weight, masks[name], reading, group_dim)
@@ -73,7 +83,7 @@ def _write(writing: Writing) -> dict[str, Tensor]:
 TORCH_PRUNING = PeerFormat(
     name="torch-pruning",
     title="torch.ao.pruning: masks in parametrizations",
-    recognises=lambda source: any(_MASK.fullmatch(name) for name in source.tensors),
+    recognises=lambda source: any(_ORIGINAL.fullmatch(name) for name in source.tensors),
     read=_read,
     write=_write,
     verified="torch.ao.pruning.WeightNormSparsifier, both directions",
