@@ -195,9 +195,7 @@ def by_seed(rows: Sequence[dict[str, Any]], model: str, key: tuple[str, str, str
     return {
         row["seed"]: row[figure]
         for row in rows
-        if row["model"] == model
-        and figure in row
-        and (row["tool"], row["criterion"], row["pattern"], row["permuted"]) == key
+        if row["model"] == model and figure in row and _key(row) == key
     }
 
 
@@ -227,11 +225,7 @@ def comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     us = "nmsparse_ext"
     found = []
     for model in dict.fromkeys(row["model"] for row in rows):
-        keys = dict.fromkeys(
-            (row["tool"], row["criterion"], row["pattern"], row["permuted"])
-            for row in rows
-            if row["model"] == model and row["tool"] != "none"
-        )
+        keys = dict.fromkeys(_key(row) for row in rows if row["model"] == model and row["tool"] != "none")
         for pattern in dict.fromkeys(row["pattern"] for row in rows if row["tool"] == us):
             pairs = [("wanda", "magnitude"), ("sparsegpt", "magnitude"), ("sparsegpt", "wanda")]
             found += [
@@ -270,47 +264,81 @@ def markdown(rows: Sequence[dict[str, Any]], tests: Sequence[dict[str, Any]]) ->
     lines: list[str] = []
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
+        patterns = [p for p in PATTERNS if any(row["pattern"] == p for row in mine)]
         dense = [row for row in mine if row["tool"] == "none"]
         lines += [
-            f"**{model}**, {len(dense)} seeds; dense: accuracy "
-            f"{figure([r['accuracy'] for r in dense], True)} %, "
-            f"loss {figure([r['loss'] for r in dense], False)}",
+            f"**{model}**, {len(dense)} seeds. Dense: accuracy "
+            f"{figure([r['accuracy'] for r in dense], True)} %, loss {figure([r['loss'] for r in dense], False)}.",
             "",
-            "| tool | criterion | channels reordered | pattern | accuracy, % | loss ||",
-            "|---|---|---|---|---|---|",
+            f"| accuracy, %<br>loss | channels reordered | {' | '.join(patterns)} |",
+            f"|---|---|{'---|' * len(patterns)}",
         ]
-        for key in dict.fromkeys((r["tool"], r["criterion"], r["permuted"], r["pattern"]) for r in mine):
-            if key[0] == "none":
-                continue
-            group = [r for r in mine if (r["tool"], r["criterion"], r["permuted"], r["pattern"]) == key]
-            good = [r for r in group if "loss" in r]
-            what = f"| {key[0]} | {key[1]} | {'yes' if key[2] else 'no'} | {key[3]} | "
-            if good:
-                lines.append(
-                    f"{what}{figure([r['accuracy'] for r in good], True)} | "
-                    f"{figure([r['loss'] for r in good], False)} |"
+        for tool, criterion, permuted in sorted(
+            {(r["tool"], r["criterion"], r["permuted"]) for r in mine if r["tool"] != "none"}, key=_rank
+        ):
+            cells = []
+            for pattern in patterns:
+                group = [r for r in mine if _key(r) == (tool, criterion, pattern, permuted)]
+                good = [r for r in group if "loss" in r]
+                accuracy, loss = (
+                    figure([r["accuracy"] for r in good], True),
+                    figure([r["loss"] for r in good], False),
                 )
-            else:
-                lines.append(f"{what}fails: `{group[0]['error'][:90]}` | |")
+                failed = "raises an error" if group else ""
+                cells.append(f"{accuracy}<br>{loss}" if good else failed)
+            lines.append(
+                f"| {_label(tool, criterion)} | {'yes' if permuted else 'no'} | {' | '.join(cells)} |"
+            )
+        lines += [
+            "",
+            "Differences of the loss, seed by seed, with the p-value and for how many seeds the first / the "
+            "second is better:",
+            "",
+            f"| first minus second | {' | '.join(patterns)} |",
+            f"|---|{'---|' * len(patterns)}",
+        ]
+        about = [test for test in tests if test["model"] == model]
+        for label in dict.fromkeys(map(_compared, about)):
+            by_pattern = {test["first"][2]: test for test in about if _compared(test) == label}
+            cells = [
+                f"{t['difference']:+.4f}<br>p {t['p']:.2g}, {t['first better']} / {t['second better']}"
+                if (t := by_pattern.get(pattern))
+                else ""
+                for pattern in patterns
+            ]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
-    lines += [
-        "Differences of the loss, seed by seed (negative: the first is better):",
-        "",
-        "| model | first | second | pattern | difference | p | seeds where the first / second is better |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for test in tests:
-        first, second = (described(test[side], test) for side in ("first", "second"))
-        lines.append(
-            f"| {test['model']} | {first} | {second} | {test['first'][2]} | {test['difference']:+.4f} | "
-            f"{test['p']:.2g} | {test['first better']} / {test['second better']} |"
-        )
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
-def described(key: Sequence[Any], test: dict[str, Any]) -> str:
-    tool = "" if key[0] == "nmsparse_ext" and test["second"][0] == "nmsparse_ext" else f"{key[0]} "
-    return f"{tool}{key[1]}{', reordered' if key[3] else ''}"
+def _key(row: dict[str, Any]) -> tuple[str, str, str, bool]:
+    return row["tool"], row["criterion"], row["pattern"], row["permuted"]
+
+
+def _rank(method: tuple[str, str, bool]) -> tuple[bool, str, bool, int, str, bool]:
+    """Ours first, plain criteria before what is special about them."""
+    tool, criterion, permuted = method
+    plain = criterion in CRITERIA
+    return (
+        tool != "nmsparse_ext",
+        tool,
+        not plain,
+        CRITERIA.index(criterion) if plain else 0,
+        criterion,
+        permuted,
+    )
+
+
+def _label(tool: str, criterion: str) -> str:
+    return criterion if tool == "nmsparse_ext" else f"{tool} {criterion}"
+
+
+def _compared(test: dict[str, Any]) -> str:
+    first, second = (
+        f"{_label(key[0], key[1])}{', reordered' if key[3] else ''}"
+        for key in (test["first"], test["second"])
+    )
+    return f"{first} minus {second}"
 
 
 def write_docs(page: Path, text: str) -> None:

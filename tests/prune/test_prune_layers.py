@@ -61,6 +61,17 @@ def test_convolutions(name: str, pattern: str) -> None:
     assert errors["sparsegpt"] < min(errors["wanda"], errors["magnitude"])
 
 
+def test_wanda_on_a_convolution_by_hand() -> None:
+    layer = nn.Conv2d(8, 6, 3, padding=1, stride=2)
+    x = torch.randn(5, 8, 7, 7) * torch.arange(1, 9)[:, None, None]
+    dense = layer.weight.detach().clone()
+    patches = torch.nn.functional.unfold(x, 3, padding=1, stride=2)  # [images, channels * kernel, places]
+    norms = patches.movedim(1, 0).flatten(1).norm(dim=1).view(8, 3, 3)
+    nms.prune_model(layer, "1:4", criterion="wanda", calibration=[x])
+    mask = nms.nm_mask(dense.abs() * norms, "1:4", dim=1)
+    assert torch.equal(layer.weight.detach(), torch.where(mask, dense, 0.0))
+
+
 def test_transposed_convolutions() -> None:
     for groups in (1, 2):
         layer = nn.ConvTranspose2d(16, 12, 2, stride=2, groups=groups)
