@@ -268,7 +268,8 @@ def markdown(rows: Sequence[dict[str, Any]], tests: Sequence[dict[str, Any]]) ->
         dense = [row for row in mine if row["tool"] == "none"]
         lines += [
             f"**{model}**, {len(dense)} seeds. Dense: accuracy "
-            f"{figure([r['accuracy'] for r in dense], True)} %, loss {figure([r['loss'] for r in dense], False)}.",
+            f"{figure([r['accuracy'] for r in dense], True)} %, loss "
+            f"{figure([r['loss'] for r in dense], False)}.",
             "",
             f"| accuracy, %<br>loss | channels reordered | {' | '.join(patterns)} |",
             f"|---|---|{'---|' * len(patterns)}",
