@@ -273,10 +273,9 @@ def linear(
 
 
 def _under_autocast(x: Tensor, weight: LtWeight) -> bool:
-    device = x.device.type
     if not x.is_floating_point() or weight.dtype.itemsize == 1:
         return False
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _wants_gradients(x: Tensor, bias: Tensor | None) -> bool:

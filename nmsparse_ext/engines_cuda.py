@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from . import crossover, cusparselt, ops
 from ._checks import holds_data
@@ -296,6 +297,7 @@ def _linear(
     # takes as long as the product.
     if (
         not torch.is_grad_enabled()
+        and (type(input) is Tensor or type(input) is Parameter)  # graphs may be traced with fake ones
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(device)
         and (bias is None or bias.shape == weight.rows)
@@ -374,7 +376,7 @@ def _dispatched(
     wants_gradients = torch.is_grad_enabled() and (
         input.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if wants_gradients or torch.compiler.is_compiling():
+    if wants_gradients or torch.compiler.is_compiling() or not holds_data(input):
         return torch.ops.nmsparse.tuned_linear(input, *operands, bias, pattern.n, pattern.m, activation)
     return _run(input, *operands, bias, pattern, activation)
 
