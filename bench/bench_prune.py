@@ -135,6 +135,7 @@ def methods(subject: Subject, dry: bool) -> Iterator[Method]:
         if pattern in ("2:4", "1:8"):
             yield ours("sparsegpt", pattern, False, sequential=None)
     yield ours("sparsegpt", "2:4", False, dampening=0.1)  # ModelOpt's
+    yield ours("sparsegpt", "2:4", False, dampening=0.1, sequential=None)  # and all as it does it
     peers: list[tuple[str, str, Any]] = [("torch.ao.pruning", "WeightNormSparsifier", torch_ao)]
     if importlib.util.find_spec("modelopt") is not None:
         peers += [("ModelOpt", mode, modelopt(mode)) for mode in ("sparse_magnitude", "sparsegpt")]
@@ -186,6 +187,29 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def beside_modelopt(subject: Subject) -> dict[str, Any]:
+    """What SparseGPT of both does to the weights: the same dampening, all calibrated with the dense model."""
+    dense = dict(subject.model.named_parameters())
+    theirs, mine = copy.deepcopy(subject.model), copy.deepcopy(subject.model)
+    with quiet():
+        theirs = modelopt("sparsegpt")(theirs, subject)
+        ours("sparsegpt", "2:4", False, dampening=0.1, sequential=None).prune(mine, subject)
+    names = nms.Scheme.uniform(subject.model, "2:4", skip=subject.skip)
+    found: dict[str, Any] = {"model": subject.name, "seed": subject.seed}
+    pairs = [(theirs.get_parameter(n), mine.get_parameter(n)) for n in names]
+    same = sum(int(((a == 0) == (b == 0)).sum()) for a, b in pairs)
+    found["same in both masks"] = same / sum(a.numel() for a, _ in pairs)
+    for label, model in (("theirs", theirs), ("ours", mine)):
+        change = kept = 0.0
+        for name in names:
+            after, before = model.get_parameter(name).detach(), dense[name].detach()
+            stays = after != 0
+            change += float((after - before)[stays].square().sum())
+            kept += float(before[stays].square().sum())
+        found[f"kept weights changed by, {label}"] = (change / kept) ** 0.5
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -246,8 +270,10 @@ def comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             )
         for key in keys:
             if key[0] != us:
-                criterion = "sparsegpt" if "sparsegpt" in key[1] else "magnitude"
-                found.append(compare(rows, model, (us, criterion, "2:4", False), key))
+                criteria = ["magnitude"]
+                if "sparsegpt" in key[1]:
+                    criteria = ["sparsegpt", "sparsegpt, dampening 0.1, dense inputs"]
+                found += [compare(rows, model, (us, c, "2:4", False), key) for c in criteria]
     return [item for item in found if item is not None]
 
 
@@ -376,6 +402,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             for seed in range(options.seeds):
                 subject = build(seed, options.dry_run, options.models)
+                if seed == 0 and name == "stdlib-gpt" and "nvidia-modelopt" in tools:
+                    report.others["beside ModelOpt"] = [beside_modelopt(subject)]
                 for method in (DENSE, *methods(subject, options.dry_run)):
                     known = made.get((name, seed, *method.key))
                     row = known or run(subject, method)
