@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch._inductor.config
+
+import nmsparse_ext as nms
 from console import run_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,3 +39,15 @@ def test_code_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
+
+
+def test_the_api_pages_have_all_public_names() -> None:
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/api").glob("*.md"))
+    documented = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", pages, flags=re.MULTILINE)}
+    assert set(nms.__all__) <= documented
+
+
+def test_the_navigation_has_all_pages() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    named = set(re.findall(r"\S+\.md$", text[text.index("nav:") :], flags=re.MULTILINE))
+    assert {path.relative_to(ROOT / "docs").as_posix() for path in PAGES} <= named
