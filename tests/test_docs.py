@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch._inductor.config
+from console import run_page
 
 import nmsparse_ext as nms
-from console import run_page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
