@@ -29,12 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import format_reader
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
 import nmsparse_ext as nms
 from nmsparse_ext.tensor import NMTensor
 
+#: What is damaged, the first ones most often.
+KINDS = ("file", "shards", "bitmask", "torch", "asp", "modelopt", "onnx")
 SECONDS = 60  # after which a load counts as hung
 
 
@@ -64,11 +67,20 @@ def sample_tensors() -> dict[str, Tensor]:
     return tensors
 
 
+def sample_onnx() -> bytes:
+    """A graph with one product, whose weight is 2:4 along its inputs."""
+    w = nms.nm_prune(torch.randn(16, 4), "2:4", dim=0).numpy()
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy")
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", [x], [y], [onnx.numpy_helper.from_array(w, "w")])
+    return onnx.helper.make_model(graph).SerializeToString()
+
+
 def make_corpus(folder: Path) -> dict[str, Path]:
     """Good models, each in a folder of its own: ``{kind: folder}``."""
     torch.manual_seed(0)
     tensors = sample_tensors()
-    kinds = {name: folder / name for name in ("file", "shards", "bitmask", "torch", "asp")}
+    kinds = {name: folder / name for name in KINDS}
     for path in kinds.values():
         path.mkdir(parents=True)
     nms.save_file(tensors, kinds["file"] / "model.safetensors")
@@ -78,6 +90,12 @@ def make_corpus(folder: Path) -> dict[str, Path]:
     half = nms.compress(nms.nm_prune(torch.randn(32, 64).half(), "2:4"), "2:4")
     nms.deploy.to_peer({"w": half, "b": torch.zeros(2)}, kinds["torch"] / "m.pt", format="pytorch-cutlass")
     nms.deploy.to_peer(weights, kinds["asp"] / "m.pt", format="apex-asp")
+    model = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 4))
+    nms.nm_prune_(model[0].weight.data, "2:4")
+    nms.deploy.to_peer(
+        nms.deploy.from_peer(model), kinds["modelopt"] / "m.pt", format="modelopt", model=model
+    )
+    (kinds["onnx"] / "m.onnx").write_bytes(sample_onnx())
     return kinds
 
 
@@ -342,7 +360,8 @@ def bits(tensor: Tensor) -> np.ndarray:
 def load(kind: str, folder: Path) -> dict[str, Tensor]:
     if kind in ("file", "shards"):
         return nms.load_file(folder)
-    return nms.deploy.from_peer(folder)
+    files = sorted(folder.iterdir())
+    return nms.deploy.from_peer(files[0] if kind == "onnx" else folder)
 
 
 def check(kind: str, folder: Path) -> str:
@@ -398,7 +417,7 @@ def run(mutations: int, seed: int, folder: Path, only: int | None = None) -> dic
     damaged = folder / "damaged"
     for number in [only] if only is not None else range(mutations):
         rng = random.Random(seed * 1_000_003 + number)
-        kind = rng.choice(("file", "file", "file", "shards", "shards", "bitmask", "torch", "asp"))
+        kind = rng.choice(("file", "file", "shards", *KINDS))
         shutil.copytree(corpus[kind], damaged)
         how = f"{kind}: {mutate(damaged, rng)}"
         try:

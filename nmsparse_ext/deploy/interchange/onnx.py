@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,10 @@ from ..._atomic import atomic_write
 from ..._checks import WEIGHT_DTYPES
 from ...errors import FormatError
 from ...tensor import NMTensor
+from ...weights import canonical_name
 from ..detect import has_nonzero
 from ..example import call_arguments
-from ._packing import pack_dense
+from ._packing import dense, pack_dense
 from ._peer import PeerFormat, Reading, Source, Writing
 
 _SUFFIX = ".onnx"
@@ -94,23 +95,50 @@ def export_onnx(
 
 
 @contextlib.contextmanager
-def densified(model: nn.Module) -> Iterator[nn.Module]:
-    """Has dense weights in a model for the time of the block; tied ones stay tied."""
-    swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
-    made: dict[int, nn.Parameter] = {}
+def densified(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+    """Has dense weights in a model for the time of the block; tied ones stay tied.
+
+    Args:
+        model: The model.
+        tensors: Weights and buffers by name, packed or not, to stand in for the model's own.
+
+    Raises:
+        ValueError: If ``tensors`` lacks one of the model's, or has it in another shape.
+    """
+    swapped: list[tuple[nn.Module, str, Tensor]] = []
+    made: dict[int, Tensor] = {}
     try:
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if isinstance(parameter, NMTensor):
-                    if id(parameter) not in made:
-                        made[id(parameter)] = nn.Parameter(parameter.to_dense(), requires_grad=False)
-                    swapped.append((module, name, parameter))
-        for module, name, parameter in swapped:
-            setattr(module, name, made[id(parameter)])
+        for path, module in model.named_modules():
+            entries = [*module.named_parameters(recurse=False)]
+            if tensors is not None:
+                unsaved = module._non_persistent_buffers_set
+                entries += [entry for entry in module.named_buffers(recurse=False) if entry[0] not in unsaved]
+            for name, own in entries:
+                given = own if tensors is None else _given(f"{path}.{name}" if path else name, own, tensors)
+                if given is own and not isinstance(own, NMTensor):
+                    continue
+                if id(given) not in made:
+                    new = dense(given).to(device=own.device, dtype=own.dtype)
+                    made[id(given)] = (
+                        nn.Parameter(new, requires_grad=False) if isinstance(own, nn.Parameter) else new
+                    )
+                swapped.append((module, name, own))
+                setattr(module, name, made[id(given)])
         yield model
     finally:
-        for module, name, parameter in swapped:
-            setattr(module, name, parameter)
+        for module, name, own in swapped:
+            setattr(module, name, own)
+
+
+def _given(path: str, own: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    name = canonical_name(path)
+    if name not in tensors:
+        raise ValueError(f"model has {name}, but the tensors do not")
+    if tuple(tensors[name].shape) != tuple(own.shape):
+        raise ValueError(
+            f"{name} has shape {list(own.shape)} in the model, {list(tensors[name].shape)} in the tensors"
+        )
+    return tensors[name]
 
 
 def sparse_weights(proto: Any) -> list[OnnxWeight]:
@@ -203,8 +231,9 @@ def _write(writing: Writing) -> dict[str, Tensor]:
     example = writing.options.get("example_input")
     if writing.model is None or example is None or writing.destination is None:
         raise ValueError("destination, model and example_input must be given: ONNX holds a graph")
-    export_onnx(writing.model, example, writing.destination)
-    return {name: t.to_dense() if isinstance(t, NMTensor) else t for name, t in writing.tensors.items()}
+    with densified(writing.model, writing.tensors):
+        export_onnx(writing.model, example, writing.destination)
+    return {name: dense(tensor) for name, tensor in writing.tensors.items()}
 
 
 ONNX = PeerFormat(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import nmsparse_ext as nms
-from nmsparse_ext.deploy import export_onnx, from_peer
+from nmsparse_ext.deploy import export_onnx, from_peer, to_peer
 from nmsparse_ext.deploy.interchange.onnx import sparse_weights
 from nmsparse_ext.tensor import NMTensor
 
@@ -104,6 +104,26 @@ def test_products_the_other_way_round(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(proto.SerializeToString()[:-40] + b"\xff" * 40)
     with pytest.raises(nms.FormatError, match="no valid ONNX model"):
         from_peer(tmp_path / "bad.onnx")
+
+
+def test_tensors_take_the_place_of_the_models(tmp_path: Path) -> None:
+    trained, fresh = (
+        nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)),
+        nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)),
+    )
+    nms.nm_prune_(trained[0].weight.data, "2:4")
+    trained[1].running_mean.fill_(3)
+    own = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    x = torch.randn(2, 8)
+    to_peer(from_peer(trained), tmp_path / "m.onnx", format="onnx", model=fresh, example_input=x)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in fresh.state_dict().items())
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found, trained.eval()(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"model has 0\.weight, but the tensors do not"):
+        to_peer({}, tmp_path / "m.onnx", format="onnx", model=fresh, example_input=x)
+    with pytest.raises(ValueError, match=r"0\.weight has shape \[4, 8\] in the model"):
+        to_peer({"0.weight": x}, tmp_path / "m.onnx", format="onnx", model=fresh, example_input=x)
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
