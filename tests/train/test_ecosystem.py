@@ -79,10 +79,10 @@ def test_lightning(accumulate: int, tmp_path: pathlib.Path) -> None:
         def training_step(self, part: dict[str, Tensor], index: int) -> Tensor:
             return (self.net(part["x"]) - part["labels"]).pow(2).mean()
 
-    def fit(module: Module, steps: int, checkpoint: str | None = None) -> lightning.Trainer:
+    def fit(module: Module, steps: int, epochs: int = 1, checkpoint: str | None = None) -> lightning.Trainer:
         trainer = lightning.Trainer(
             accelerator="cpu",
-            max_epochs=1,
+            max_epochs=epochs,
             limit_train_batches=steps,
             logger=False,
             enable_checkpointing=False,
@@ -110,6 +110,15 @@ def test_lightning(accumulate: int, tmp_path: pathlib.Path) -> None:
     for name in FULL:
         assert torch.equal(again.sparsifier.dense_weight(name), module.sparsifier.dense_weight(name))
     assert again.sparsifier.step == module.sparsifier.step
+
+    # Resumed by Lightning, against a run that was not interrupted.
+    through, resumed = Module(), Module(seed=7)
+    fit(through, STEPS, epochs=2)
+    fit(resumed, STEPS, epochs=2, checkpoint=str(tmp_path / "checkpoint"))
+    assert resumed.sparsifier.step == through.sparsifier.step == 2 * module.sparsifier.step
+    for name in FULL:
+        assert torch.equal(resumed.sparsifier.dense_weight(name), through.sparsifier.dense_weight(name))
+    assert_satisfies(resumed.net, FULL)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
