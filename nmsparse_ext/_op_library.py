@@ -72,6 +72,10 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
 }
 
 
+#: Ops that are Python on every device, which engines register; packed weights in graphs call them.
+ENGINE_OPS = ("tuned_linear", "int8_weight_linear")
+
+
 def schema_of(name: str) -> str:
     """The schema of an op, from the annotations of its reference function.
 
@@ -87,7 +91,8 @@ def schema_of(name: str) -> str:
 def schemas() -> str:
     """The schemas of all ops, in a few letters."""
     ops = getattr(torch.ops, NAMESPACE)
-    text = "".join(str(getattr(ops, name).default._schema) for name in MUTATED_ARGS)
+    names = (*MUTATED_ARGS, *ENGINE_OPS)
+    text = "".join(str(getattr(ops, name).default._schema) for name in names)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

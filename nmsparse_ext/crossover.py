@@ -300,6 +300,7 @@ class Crossovers(TunedFile[Key, Measured]):
 
 _table = Crossovers()
 _known: dict[tuple[Any, ...], Choices] = {}
+_era = object()  # another one whenever choices may have changed
 
 
 def table_path() -> str:
@@ -316,8 +317,9 @@ def set_table(path: str | os.PathLike[str] | None) -> None:
 
 def forget_choices() -> None:
     """Has choices made anew from what has been measured by now."""
-    global _known
-    _known = {}  # another one, by which whoever holds on to a choice sees that it may be out of date
+    global _era
+    _known.clear()
+    _era = object()
 
 
 def measured(problem: Problem) -> Measured | None:
@@ -328,17 +330,16 @@ def measured(problem: Problem) -> Measured | None:
 def choices_for(problem: Problem) -> Choices:
     """Which way goes for how many tokens."""
     # Whatever else the choice depends on stands beside the problem.
-    known = _known
     full = (*problem, cusparselt.search_mode(), problem.dtype == torch.float32 and _tf32())
-    found = known.get(full)
+    found = _known.get(full)
     if found is None:
-        found = known[full] = _choose(problem)
+        found = _known[full] = _choose(problem)
     return found
 
 
 def era() -> tuple[object, str]:
     """Choices of 16-bit weights may be held on to as long as both of these are the same objects."""
-    return _known, cusparselt.search_mode()
+    return _era, cusparselt.search_mode()
 
 
 def _choose(problem: Problem) -> Choices:

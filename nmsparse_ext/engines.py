@@ -234,4 +234,10 @@ register_engine(
 )
 
 # At the end, because they register themselves in the table above.
-from . import engines_conv, engines_cpu, engines_cuda, engines_int8  # noqa: E402, F401
+from . import (  # noqa: E402, F401
+    engines_conv,
+    engines_cpu,
+    engines_cuda,
+    engines_cuda_int8,
+    engines_int8,
+)

@@ -56,7 +56,8 @@ def problem_of(weight: NMTensor) -> Problem:
     return Problem(values.device, values.dtype, weight.pattern, weight.rows[0], weight.k)
 
 
-def _why_not(weight: NMTensor) -> str | None:
+def why_not_matrix(weight: NMTensor) -> str | None:
+    """Why the engines of GPUs cannot run a weight."""
     with torch._C.DisableTorchFunctionSubclass():
         device, dtype = weight.device, weight.dtype
     if device.type not in DEVICES:
@@ -116,7 +117,7 @@ def measure_once(weight: NMTensor, tokens: tuple[int, ...] = crossover.TOKENS) -
     """
     from ._crossover_timer import CudaTimer
 
-    reason = _why_not(weight)
+    reason = why_not_matrix(weight)
     if reason is not None:
         raise ValueError(f"weight cannot be measured: {reason}")
     problem = problem_of(weight)
@@ -388,7 +389,7 @@ def _matmul(input: Tensor, weight: NMTensor) -> Tensor:
 register_engine(
     Engine(
         name="cuda-packed",
-        why_not=_why_not,
+        why_not=why_not_matrix,
         linear=_linear,
         conv=unpacked_conv,
         activations=ACTIVATIONS,
@@ -399,7 +400,7 @@ register_engine(
 register_engine(
     Engine(
         name="cuda",
-        why_not=_why_not,
+        why_not=why_not_matrix,
         linear=_linear,
         conv=unpacked_conv,
         forms=("dense", "blob"),

@@ -254,12 +254,12 @@ class NMTensor(torch.Tensor):
         """Bytes of the packed form, or of the engine's where only that is held."""
         if self.packed_values is None or self.packed_indices is None:
             return self.engine_nbytes
-        return self.packed_values.nbytes + self.packed_indices.nbytes
+        return _bytes(self.packed_values) + _bytes(self.packed_indices)
 
     @property
     def engine_nbytes(self) -> int:
         """Bytes of the tensors that the engine multiplies with; 0 if those are ``values`` and ``indices``."""
-        return sum(form.nbytes for form in self.forms())
+        return sum(map(_bytes, self.forms()))
 
     @property
     def held_nbytes(self) -> int:
@@ -399,6 +399,11 @@ class NMTensor(torch.Tensor):
                 "matrix products; for anything else, work on .to_dense()"
             )
         return handler(func, *args, **(kwargs or {}))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """``tensor.nbytes``, also of symbolic sizes."""
+    return tensor.numel() * tensor.element_size()
 
 
 def inner_tensors(weight: NMTensor) -> list[Tensor]:

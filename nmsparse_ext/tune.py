@@ -212,7 +212,7 @@ def _tune_one(job: Job, tokens: Sequence[int], device: torch.device, algorithms:
             for bias in job.biases:
                 searched.append((count, bias, cusparselt.search(packed, count, bias=bias)))
     measured = crossover.measure(problem, CudaTimer(weight), tokens)
-    return Tuned(job, measured, crossover.choices_for(problem), reasons, tuple(searched))
+    return Tuned(job, measured, measured.choices(problem), reasons, tuple(searched))
 
 
 def _random_weight(job: Job, device: torch.device) -> NMTensor:

@@ -55,6 +55,10 @@ else
     echo "not on this machine"
 fi
 
+section "what cuSPARSELt does here"
+timeout "$(remaining)" "$python" scripts/probe_cusparselt.py --quick --json "$out/probe_cusparselt.json" ||
+    failed+=("probe_cusparselt")
+
 shopt -s nullglob
 for file in bench/bench_gpu_*.py; do
     name=$(basename "$file" .py)

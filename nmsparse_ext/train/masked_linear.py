@@ -26,6 +26,7 @@ from .. import _lt_layout as lt
 from .. import cusparselt
 from .._op_library import NAMESPACE, library
 from ..cusparselt import LtWeight
+from ..panels import transforming
 from ..pattern import Pattern
 
 __all__ = ["disown", "masked_linear", "vouch"]
@@ -201,7 +202,8 @@ for _name, _arguments, _kernel, _fake, _save, _grad in (
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, min_tokens: int = 0) -> Tensor:
     """``F.linear(x, weight, bias)``, through cuSPARSELt where the weight is vouched for; see the module.
 
-    Differentiable in all three, any number of times. Autocast rounds as it does for ``F.linear``.
+    Differentiable in all three, any number of times; dense under ``torch.func``'s transforms. Autocast rounds
+    as it does for ``F.linear``.
 
     Args:
         x: ``[..., in]``.
@@ -212,6 +214,8 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, min_
     Returns:
         ``[..., out]``.
     """
+    if transforming():  # vmap, forward-mode derivatives: the op has no rules for these
+        return F.linear(x, weight, bias)
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return torch.ops.nmsparse.masked_linear(x, weight, bias, min_tokens)
