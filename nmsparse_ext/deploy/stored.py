@@ -21,7 +21,7 @@ def layout(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Contents]:
     contents = Contents()
     first: dict[tuple, str] = {}
     for name, tensor in tensors.items():
-        key = _identity(tensor)
+        key = identity(tensor)
         if key is not None and key in first:
             contents.aliases[name] = first[key]
             continue
@@ -44,7 +44,7 @@ def layout(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Contents]:
     return stored, contents
 
 
-def _identity(tensor: Tensor) -> tuple | None:
+def identity(tensor: Tensor) -> tuple | None:
     """Equal for two names of one tensor; ``None`` where there is no memory to tell by."""
     # The inner tensor that is there in any case: values that are made when asked for have a new address.
     part = inner_tensors(tensor)[0] if isinstance(tensor, NMTensor) else tensor

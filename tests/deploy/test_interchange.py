@@ -87,6 +87,21 @@ def test_models_and_their_files_are_the_same_source(tmp_path: Path) -> None:
     assert detect_format(model) == detect_format({"state_dict": model.state_dict(), "epoch": 3}) == "dense"
 
 
+def test_models_are_packed_on_the_way_out_and_ties_stay() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(64, 64, bias=False), "b": nn.Linear(64, 64, bias=False)})
+    nms.nm_prune_(model["a"].weight.data, "2:4")
+    model["b"].weight = model["a"].weight
+    assert set(to_peer(model, format="apex-asp")) == {
+        "a.weight", "b.weight", "a.__weight_mma_mask", "b.__weight_mma_mask"
+    }  # fmt: skip
+    tensors = from_peer(model)
+    assert tensors["a.weight"] is tensors["b.weight"]
+    packed = nms.convert(model, policy="always")
+    again = from_peer(packed)
+    assert again["a.weight"].values.data_ptr() == packed["a"].weight.values.data_ptr()
+    assert "b.bitmask" in to_peer(packed, format="compressed-tensors")
+
+
 def test_counts_are_asked_for() -> None:
     w = torch.randn(8, 16)
     for pattern in ("1:4", {"w": "1:4"}):

@@ -17,7 +17,7 @@ from ...pattern import Pattern
 from ...scheme import Scheme
 from ...weights import canonical_name
 from ._containers import open_source
-from ._peer import PeerFormat, Reading, Source, Writing, plain_names
+from ._peer import PeerFormat, Reading, Source, Writing
 from .apex_asp import APEX_ASP
 from .compressed_tensors import COMPRESSED_TENSORS
 from .cusparselt import CUSPARSELT
@@ -107,6 +107,8 @@ def from_peer(
         peer = _detect(opened)
     if peer.read is None:
         raise ValueError(f"format {peer.name!r} can be written only")
+    if isinstance(source, nn.Module) and peer is DENSE and model is None:
+        model = source
     _check_options(peer, options)
     if peer.name not in ("nmsparse", "dominosearch", "onnx") and not opened.tensors:
         raise FormatError(f"{opened.path or 'source'} holds no tensors by name, so it is not {peer.title}")
@@ -131,7 +133,8 @@ def to_peer(
     """Writes packed weights as another tool has them.
 
     Args:
-        tensors: A model, or ``{name: Tensor or NMTensor}`` such as `load_file` and `from_peer` return.
+        tensors: A model, whose weights are packed where they hold a pattern; or ``{name: Tensor or
+            NMTensor}`` such as `load_file` and `from_peer` return.
         destination: The file, or the folder ("compressed-tensors"); replaced in one step. ``None`` writes
             nothing.
         format: One of `FORMATS`.
@@ -154,7 +157,7 @@ def to_peer(
     _check_options(peer, options)
     if isinstance(tensors, nn.Module):
         model = tensors
-        mapping = plain_names(tensors.state_dict(keep_vars=True))
+        mapping = from_peer(tensors)
     elif isinstance(tensors, Mapping):
         mapping = dict(tensors)
     else:

@@ -34,7 +34,7 @@ def pack_dense(name: str, weight: Tensor, reading: Reading, group_dim: int | Non
     Raises:
         ValueError: If it violates the pattern that was asked for and is not to be pruned.
     """
-    if group_dim is None:
+    if group_dim is None or isinstance(weight, NMTensor):
         return weight
     named = name in reading.patterns
     pattern = reading.pattern(name)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..._atomic import atomic_write
 from ..files import save_file
-from ..stored import unlayout
+from ..stored import identity, unlayout
 from ._containers import write_torch
 from ._packing import dense, pack_dense
 from ._peer import PeerFormat, Reading, Source, Writing
@@ -26,12 +26,15 @@ def _write(writing: Writing) -> dict[str, Tensor]:
 
 def _read_dense(source: Source, reading: Reading) -> dict[str, Tensor]:
     known = reading.weights()
-    return {
-        name: pack_dense(
-            name, tensor, reading, reading.group_dim(name, tensor, known), prune=bool(reading.prune)
-        )
-        for name, tensor in source.tensors.items()
-    }
+    made: dict[tuple, Tensor] = {}  # tied ones stay tied
+    result: dict[str, Tensor] = {}
+    for name, tensor in source.tensors.items():
+        key = identity(tensor) or (name,)
+        if key not in made or name in reading.patterns:
+            group_dim = reading.group_dim(name, tensor, known)
+            made[key] = pack_dense(name, tensor, reading, group_dim, prune=bool(reading.prune))
+        result[name] = made[key]
+    return result
 
 
 def _write_dense(writing: Writing) -> dict[str, Tensor]:

@@ -102,6 +102,33 @@ def test_the_whole_way_of_a_model(tmp_path: Path) -> None:
     torch.testing.assert_close(ours(x), model(x))
 
 
+def test_a_folder_of_transformers(tmp_path: Path) -> None:
+    """What is written beside a real config.json, its own loader puts into a real model."""
+    from compressed_tensors.compressors import ModelCompressor
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "proj" in name:
+            nms.nm_prune_(parameter.data, "2:4")
+    config.save_pretrained(tmp_path)
+    to_peer(model, tmp_path, format="compressed-tensors")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["hidden_size"] == 32
+    assert written["quantization_config"]["sparsity_config"]["ignore"] == ["model.embed_tokens", "lm_head"]
+    theirs = LlamaForCausalLM(config).eval()
+    ModelCompressor.from_compression_config(written["quantization_config"]).decompress(str(tmp_path), theirs)
+    tokens = torch.arange(10)[None]
+    assert torch.equal(theirs(tokens).logits, model(tokens).logits)
+    tensors = from_peer(tmp_path)
+    assert sum(isinstance(tensor, NMTensor) for tensor in tensors.values()) == 7
+    nms.save_file(tensors, tmp_path / "ours.safetensors")
+    ours = nms.load_into(LlamaForCausalLM(config).eval(), tmp_path / "ours.safetensors")
+    torch.testing.assert_close(ours(tokens).logits, model(tokens).logits)
+
+
 def test_negative_zeros_and_groups_with_fewer() -> None:
     w = weight(4, 16, torch.float32)
     w[0, :4] = torch.tensor([-0.0, 0.0, 0.0, 7.0])
