@@ -92,6 +92,8 @@ def why_not(device: torch.device | str) -> str | None:
     version, reason = library()
     if version is None:
         return reason
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return "sparse tensor cores begin at compute capability 8.0, this GPU has {}.{}".format(*capability)

@@ -75,12 +75,13 @@ def why_not_matrix(weight: NMTensor) -> str | None:
 def _build(weight: NMTensor) -> tuple[Tensor, Tensor]:
     """The dense rows and the library's form; empty where no number of tokens needs them."""
     values, indices = portable(weight)
-    real = holds_data(values)
-    if real and _measures_now(values.device):
+    blob = values.new_empty(0, dtype=torch.uint8)
+    if not holds_data(values):  # of a device that may not be there
+        return ops.unpack(values, indices, weight.pattern, k=weight.k, dim=-1), blob
+    if _measures_now(values.device):
         measure_once(weight)
     branches = crossover.choices_for(problem_of(weight)).branches
-    wants_dense, wants_lt = DENSE in branches, LT in branches and real
-    blob = values.new_empty(0, dtype=torch.uint8)
+    wants_dense, wants_lt = DENSE in branches, LT in branches
     if not wants_dense and not wants_lt:
         return values.new_empty(0), blob
     dense = ops.unpack(values, indices, weight.pattern, k=weight.k, dim=-1)

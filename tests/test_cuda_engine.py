@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from made_crossovers import decree, problem_like
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nmsparse_ext as nms
 from nmsparse_ext import crossover, cusparselt, engines_cuda
@@ -193,6 +194,14 @@ def test_copies_saves_and_pieces(tmp_path: Path) -> None:
     torch.testing.assert_close(F.linear(x, top), F.linear(x, dense[0].weight[:16]))
     assert top.engine == "cuda-packed"
     assert model[0].weight.to(torch.bfloat16).engine == "cuda"
+
+
+def test_a_weight_of_a_device_that_is_not_there() -> None:
+    with FakeTensorMode():
+        packed = nms.compress(torch.empty(ROWS, K, device="cuda", dtype=HALF), "2:4", prune=True)
+        assert packed.engine == "cuda"
+        y = F.linear(torch.empty(3, 5, K, device="cuda", dtype=HALF), packed)
+        assert (y.shape, y.device.type) == ((3, 5, ROWS), "cuda")
 
 
 def test_other_weights_go_other_ways(monkeypatch: pytest.MonkeyPatch) -> None:
