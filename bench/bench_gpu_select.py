@@ -214,7 +214,13 @@ def others(bench: Bench, layout: Layout, dtype: torch.dtype) -> None:
         ),
     }
     if len(layout.shape) == 2:
+        both_ways, blob = nmsparse.transposable_pack(w), nmsparse.lt_prune_pack(w, "cutlass")
         ops["transposable_bits"] = (weight + mask, lambda w, *_: nmsparse.transposable_bits(w))
+        ops["transposable_pack"] = (
+            weight + bytes_of(*both_ways),
+            lambda w, *_: nmsparse.transposable_pack(w),
+        )
+        ops["lt_prune_pack"] = (weight + bytes_of(blob), lambda w, *_: nmsparse.lt_prune_pack(w, "cutlass"))
     copy = rotation.on(lambda w, o, *_: o.copy_(w))
     for name, (moved, function) in ops.items():
         bench.row((name, layout, dtype, "2:4"), moved, {"ours": rotation.on(function), "copy": copy})

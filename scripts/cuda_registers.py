@@ -71,6 +71,8 @@ def row_of(kernel: str) -> str:
         tokens = re.search(r", (\d+), (\w+)<", arguments)
         assert tokens is not None
         row = f"{name}, T = {tokens[1]}" + (", any pattern" if tokens[2] == "AnyUnit" else "")
+    elif name == "SparseCoreBatch":
+        row = f"{name}, {8 * int(arguments[:-1].rpartition(', ')[2])} tokens"
     else:
         row = name
     return row + ("; float64" if "float64" in arguments or "64 bits" in arguments else "")

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "../core/packed.h"
+#include "../packed_arguments.h"
 #include "../torch_utils.h"
 #include "kernels/kernels.h"
 #include "kernels/linear.h"
@@ -33,15 +34,8 @@ std::tuple<Tensor, Tensor> panel_pack_cpu(const Tensor& values, const Tensor& in
   check_panel_pattern(n, m);
   NMS_CHECK(k >= 0, "k must not be negative, got ", k);
   check_panel_values(values, "values");
-  const int64_t groups = ceil_div(k, m);
-  const PackedFormat format = packed_format(static_cast<int>(n), static_cast<int>(m));
-  NMS_CHECK(values.dim() == 2 && values.is_contiguous() && values.size(1) == groups * n,
-            "values must be contiguous [rows, ", groups * n, "] for ", n, ":", m, " and k = ", k);
+  check_packed_rows(values, indices, n, m, k);
   const int64_t rows = values.size(0);
-  NMS_CHECK(indices.scalar_type() == ScalarType::Byte && indices.dim() == 2 && indices.is_contiguous() &&
-                indices.size(0) == rows && indices.size(1) == index_row_bytes(format, groups),
-            "indices must be contiguous uint8 [", rows, ", ", index_row_bytes(format, groups), "]");
-  check_same_device(values, indices, "values and indices");
 
   const PanelLayout layout = layout_of(values, n, m, k);
   Tensor value_panels = new_weight(values, value_sizes(layout, rows), values.scalar_type());

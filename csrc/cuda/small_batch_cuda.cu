@@ -2,6 +2,7 @@
 #include <string>
 
 #include "../core/packed.h"
+#include "../packed_arguments.h"
 #include "cuda_utils.h"
 #include "epilogue_arguments.h"
 #include "kernels/small_batch_launch.cuh"
@@ -28,16 +29,9 @@ Tensor small_batch_linear_cuda(const Tensor& x, const Tensor& values, const Tens
   const bool int8 = values.scalar_type() == ScalarType::Char;
   NMS_CHECK(int8 || values.scalar_type() == type, "values must have the dtype of x, or be int8");
   NMS_CHECK(scales.has_value() == int8, "scales go with int8 values, and with no others");
-  const PackedFormat format = packed_format(static_cast<int>(n), static_cast<int>(m));
-  const int64_t groups = ceil_div(k, m);
-  NMS_CHECK(values.dim() == 2 && values.is_contiguous() && values.size(1) == groups * n,
-            "values must be contiguous [rows, ", groups * n, "] for ", n, ":", m, " and k = ", k);
+  check_packed_rows(values, indices, n, m, k);
   const int64_t rows = values.size(0);
-  NMS_CHECK(indices.scalar_type() == ScalarType::Byte && indices.dim() == 2 && indices.is_contiguous() &&
-                indices.size(0) == rows && indices.size(1) == index_row_bytes(format, groups),
-            "indices must be contiguous uint8 [", rows, ", ", index_row_bytes(format, groups), "]");
   check_same_device(x, values, "x and values");
-  check_same_device(values, indices, "values and indices");
   check_vector(scales, "scales", rows, ScalarType::Float, x);
   check_vector(bias, "bias", rows, type, x);
 
@@ -64,7 +58,7 @@ Tensor small_batch_linear_cuda(const Tensor& x, const Tensor& values, const Tens
   p.x_row = x.dim() < 2 ? k : input.stride(x.dim() - 2);
   p.values = const_bytes_of(values);
   p.indices = const_bytes_of(indices);
-  p.format = format;
+  p.format = packed_format(static_cast<int>(n), static_cast<int>(m));
   p.int8 = int8;
   p.multiprocessors = multiprocessors(x);
   p.out.scales = scales ? data_of<float>(*scales) : nullptr;

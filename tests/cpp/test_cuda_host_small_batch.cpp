@@ -45,6 +45,70 @@ void run_small_threads(const Step& step) {
   for (int i = 0; i < kSmallThreads; ++i) step(forwards ? i : kSmallThreads - 1 - i);
 }
 
+// mma.sp.m16n8k32 as PTX documents it: row r of A has the registers of lanes 4 (r % 8) + slot % 4, the metadata of a
+// row are in the two lanes of its four that the selector names, 16 inputs each; B's column n is in lanes 4 n + ...
+template <DType D>
+void sparse_mma(std::array<std::array<float, 4>, 32>& sums, const std::array<SparseOperand, 32>& w,
+                const std::array<Chunk, 32>& x, int selector) {
+  for (int r = 0; r < 16; ++r)
+    for (int n = 0; n < 8; ++n) {
+      float& sum = sums[r % 8 * 4 + n / 2][r / 8 * 2 + n % 2];
+      for (int slot = 0; slot < 8; ++slot) {
+        const uint32_t meta = w[r % 8 * 4 + 2 * selector + slot / 4].metadata >> (r / 8 * 16);
+        const uint32_t nibble = meta >> (slot % 4 * 4) & 0xF;
+        const uint32_t values = w[r % 8 * 4 + slot % 4].a[r / 8 + slot / 4 * 2];
+        for (int j = 0; j < 2; ++j) {
+          const int input = 4 * slot + static_cast<int>(nibble >> (2 * j) & 3);
+          const uint32_t word = x[n * 4 + input % 8 / 2].word[input / 8];
+          sum += word_element<D>(values, j) * word_element<D>(word, input % 2);
+        }
+      }
+    }
+}
+
+int sparse_core_runs = 0;
+
+// What sparse_core_kernel does.
+template <DType D, DType V, int NT>
+void run_small(const SparseCoreBatch<D, V, NT>& body, int64_t tiles) {
+  using Body = SparseCoreBatch<D, V, NT>;
+  ++sparse_core_runs;
+  const auto memory = std::make_unique<Chunk[]>(kSmallTileBytes / kChunkBytes);
+  auto* shared = reinterpret_cast<uint8_t*>(memory.get());
+  for (int64_t b = 0; b < tiles * body.plan.splits; ++b) {
+    const int64_t tile_at = b / body.plan.splits, row_tile = body.token_tiles.quotient(tile_at);
+    const SmallBlock block{row_tile, static_cast<int>(b % body.plan.splits),
+                           static_cast<int>(tile_at - row_tile * body.token_tiles.value())};
+    std::memset(shared, 0x7F, kSmallTileBytes);
+    std::vector<std::array<std::array<std::array<float, 4>, 32>, NT>> sums(kSmallWarps);
+    for (int tile = 0; body.tile_units(block, tile) > 0; ++tile) {
+      run_small_threads([&](int thread) { body.fill(block, tile, shared, thread); });
+      for (int warp = 0; warp < kSmallWarps; ++warp)
+        for (int unit = warp % body.plan.parts; unit < body.tile_units(block, tile); unit += body.plan.parts) {
+          std::array<typename Body::Read, 32> read;
+          for (int lane = 0; lane < 32; ++lane)
+            read[lane] = body.read(block, tile, unit, body.place(block, warp * 32 + lane), lane);
+          for (int j = 0; j < Body::kMmas; ++j) {
+            std::array<SparseOperand, 32> w;
+            for (int lane = 0; lane < 32; ++lane) w[lane] = body.operand(read[lane], j, lane);
+            for (int t = 0; t < NT; ++t) {
+              std::array<Chunk, 32> x;
+              for (int lane = 0; lane < 32; ++lane) x[lane] = *body.x_operand(shared, unit, t, j, lane);
+              sparse_mma<D>(sums[warp][t], w, x, j % 2);
+            }
+          }
+        }
+    }
+    auto* joined = reinterpret_cast<float*>(shared);
+    run_small_threads([&](int thread) {
+      std::array<float, Body::kSums> own;
+      for (int i = 0; i < Body::kSums; ++i) own[i] = sums[thread / 32][i / 4][thread % 32][i % 4];
+      body.publish(own.data(), joined, thread);
+    });
+    run_small_threads([&](int thread) { body.finish(block, joined, thread); });
+  }
+}
+
 // What small_batch_kernel does, its blocks and threads one after the other.
 template <class Body>
 void run_small(const Body& body, int64_t tiles) {
@@ -138,7 +202,7 @@ void check_case(const Case& c) {
   with_small_body<D>(p, [&](auto body) {
     using Body = decltype(body);
     body.plan = plan_small_batch(shape_of(body), c.multiprocessors);
-    const int64_t row_tiles = divide_up(c.rows, body.plan.block_rows(Body::kRows));
+    const int64_t row_tiles = divide_up(c.rows, body.plan.block_rows(Body::kWarpRows, Body::kMaxLanes));
     Buffer<float> workspace(body.plan.splits * c.tokens * c.rows);
     std::memset(workspace.data(), 0x7F, workspace.size() * 4);
     body.partial = body.plan.splits > 1 ? workspace.data() : nullptr;
@@ -162,7 +226,7 @@ void check_random_case() {
   static constexpr int64_t kTokens[] = {1, 2, 3, 4, 5, 8, 9, 16, 17, 33};
   Case c{};
   if (random_int(0, 2)) {
-    const auto& pattern = kUsual[random_int(0, 11)];
+    const auto& pattern = kUsual[random_int(0, 3) ? random_int(0, 11) : 1];
     c.n = pattern[0], c.m = pattern[1];
   } else {
     c.m = static_cast<int>(random_int(1, 64)), c.n = static_cast<int>(random_int(1, c.m));
@@ -179,6 +243,18 @@ void check_random_case() {
   c.multiprocessors = random_int(0, 1) ? 132 : static_cast<int>(random_int(1, 8));
   c.damaged = random_int(0, 7) == 0;
   check_case<DType::kFloat16>(c);  // bfloat16 differs in word_element alone
+}
+
+// 2:4 on sparse tensor cores: tiles of 8, 16 and 32 tokens, ragged rows, parts, splits, several tiles of x.
+void check_sparse_cores() {
+  for (bool int8 : {false, true})
+    for (int64_t tokens : {2, 8, 9, 16, 17, 33})
+      for (int multiprocessors : {1, 132}) {
+        Case c{2, 4, 37, 1152, tokens, int8, true, 0, 0, multiprocessors, false};
+        const int before = sparse_core_runs;
+        check_case<DType::kFloat16>(c);
+        CHECK_EQ(sparse_core_runs, before + 1);
+      }
 }
 
 void check_elements() {
@@ -222,17 +298,19 @@ void check_join() {
 // Plans cover all units, and only them.
 void check_plans() {
   for (int i = 0; i < 20000; ++i) {
-    SmallShape shape{random_int(1, 50000),
-                     static_cast<int>(random_int(1, 5000)),
-                     static_cast<int>(random_int(1, 600)),
-                     static_cast<int>(int64_t{1} << random_int(0, 2)),
-                     random_int(10, 20000),
-                     random_int(10, 60000)};
+    SmallShape shape{};
+    shape.rows = random_int(1, 50000);
+    shape.units = static_cast<int>(random_int(1, 5000));
+    shape.tile_units = static_cast<int>(random_int(1, 600));
+    shape.warp_rows = random_int(0, 1) ? 16 : 4;
+    shape.max_lanes = random_int(0, 1) ? 32 : 1;
+    shape.row_bytes = random_int(10, 20000);
+    shape.x_bytes = random_int(10, 60000);
     const SmallPlan plan = plan_small_batch(shape, static_cast<int>(random_int(1, 140)));
     CHECK(int64_t{plan.splits} * plan.split_units >= shape.units);
     CHECK(int64_t{plan.splits - 1} * plan.split_units < shape.units);
     CHECK(plan.tile_units >= 1 && plan.tile_units <= shape.tile_units);
-    CHECK(plan.lanes >= 1 && plan.lanes <= 32 && (plan.lanes & (plan.lanes - 1)) == 0);
+    CHECK(plan.lanes >= 1 && plan.lanes <= shape.max_lanes && (plan.lanes & (plan.lanes - 1)) == 0);
     CHECK(plan.parts >= 1 && kSmallWarps % plan.parts == 0);
   }
 }
@@ -245,6 +323,7 @@ int main() {
   check_join<16>();
   check_elements();
   check_plans();
+  check_sparse_cores();
   for (int i = 0; i < 300; ++i) check_random_case();
   return 0;
 }

@@ -20,15 +20,15 @@
 // Safety  A code can name no input outside of its unit: fields are cut to the bits of m, a power of two (an unusual
 //         pattern's GroupDecoder refuses what is not below m), and inputs past k are zeros in the tile. So the codes of
 //         a damaged file give a wrong result, but no access outside of the tile.
-// Launch  Blocks of 16 warps: [row tiles * tiles of tokens, splits]. Steps with a barrier after each: fill the tile of
-// x,
-//         add up (once per tile of x); join lanes by shuffles; join the parts that warps share, in their order. Splits
-//         leave their sums in a workspace, which SumSplits adds in their order. No atomics: the same sums every time.
+// Launch  Blocks of 16 warps: [row tiles * tiles of tokens, splits]. Steps with a barrier after each: fill x's
+//         tile, add up (once per tile of x); join lanes by shuffles; join the parts that warps share, in their order.
+//         Splits leave their sums in a workspace, which SumSplits adds in their order. No atomics: the same sums every
+//         time.
 //
 // Of 2:4 in 16 bits a multiprocessor of an H200 is to read about 21 bytes a clock: 9 kept weights. Each costs three
 // instructions for its place, one to read x, one to convert it, T to add, and from 4 tokens on as many more to convert
 // x: 6 at one token, of 128 a clock; 13 at 4; 21 at 8, which is 6 weights a clock. Registers allow two blocks, so that
-// 32 warps have about 64 KiB of loads in flight, twice what the memory's latency asks for. These are sums on paper.
+// 32 warps have 32 to 64 KiB of loads in flight; latency times bandwidth asks for about 26. These are sums on paper.
 #pragma once
 
 #include <algorithm>
@@ -259,14 +259,8 @@ struct SmallBlock {
   int split, token_tile;
 };
 
-// D: type of x and y. T: tokens at once.
-template <DType D, DType V, int T, class Unit>
-struct SmallBatch {
-  using Slots = XSlots<D, T>;
-  static constexpr int kRows = T <= 4 && !Unit::kManyRegisters ? 4 : 2;  // a thread's
-  static constexpr int kSums = kRows * T;
-  static constexpr int kTokens = T;
-
+// What the kernels of few tokens work on, and how: all of x and W, and the part of it that is a block's.
+struct SmallOperands {
   const uint16_t* x;
   int64_t x_row;
   bool x_aligned;  // 8 inputs from a multiple of 8 on are one aligned chunk
@@ -277,18 +271,9 @@ struct SmallBatch {
   int64_t values_row, indices_row;  // bytes
   int64_t rows, k;
   int units;  // of a row
-  int unit_inputs;
-  int n_log2, m_log2;  // of wide units
-  PackedFormat format;
   SmallPlan plan;
   float* partial;  // [splits, tokens, rows], or null without splits
   SmallOutput out;
-
-  // Where a thread works.
-  struct Place {
-    int64_t row[kRows];  // below rows, even where `valid` says that they are not its own
-    int first, step;     // units of a tile
-  };
 
   NMS_HD int first_unit(const SmallBlock& block, int tile) const {
     return block.split * plan.split_units + tile * plan.tile_units;
@@ -299,6 +284,39 @@ struct SmallBatch {
     const int left = (end < units ? end : units) - first_unit(block, tile);
     return left < plan.tile_units ? left : plan.tile_units;
   }
+
+  // A sum to where it belongs.
+  template <DType D>
+  NMS_HD void write(const SmallBlock& block, int64_t token, int64_t row, float sum) const {
+    if (partial)
+      partial[(block.split * tokens + token) * rows + row] = sum;
+    else
+      out.template store<D>(token, row, rows, sum);
+  }
+};
+
+// D: type of x and y. T: tokens at once.
+template <DType D, DType V, int T, class Unit>
+struct SmallBatch : SmallOperands {
+  using Slots = XSlots<D, T>;
+  static constexpr int kRows = T <= 4 && !Unit::kManyRegisters ? 4 : 2;  // a thread's
+  static constexpr int kSums = kRows * T;
+  static constexpr int kTokens = T;
+  static constexpr int kElementBytes = Unit::kElementBytes;
+  static constexpr int kWarpRows = kRows, kMaxLanes = 32;  // see SmallShape
+
+  int unit_inputs;
+  int n_log2, m_log2;  // of wide units
+  PackedFormat format;
+
+  // As many as the tile of x has room for.
+  int max_tile_units() const { return kSmallTileBytes / (unit_inputs * 128) * Slots::kColumns; }
+
+  // Where a thread works.
+  struct Place {
+    int64_t row[kRows];  // below rows, even where `valid` says that they are not its own
+    int first, step;     // units of a tile
+  };
 
   NMS_HD Place place(const SmallBlock& block, int thread) const {
     const int warp = thread / 32, lane = thread % 32;
@@ -418,10 +436,7 @@ struct SmallBatch {
       float sum = 0.0f;
       for (int part = 0; part < plan.parts; ++part)
         sum += shared[((first_warp + part) * (32 / plan.lanes) + in_warp / kRows) * kSums + in_warp % kRows * T + t];
-      if (partial)
-        partial[(block.split * tokens + token) * rows + row] = sum;
-      else
-        out.template store<D>(token, row, rows, sum);
+      write<D>(block, token, row, sum);
     }
   }
 
@@ -482,6 +497,11 @@ __global__ void __launch_bounds__(kSmallThreads, 2) small_batch_kernel(const __g
   body.publish(sums, joined, thread);
   __syncthreads();
   body.finish(block, joined, thread);
+}
+
+template <DType D, DType V, int T, class Unit>
+void launch_small_batch(const SmallBatch<D, V, T, Unit>& body, dim3 grid, cudaStream_t stream) {
+  small_batch_kernel<<<grid, kSmallThreads, 0, stream>>>(body);
 }
 
 #endif  // defined(__CUDACC__)

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "small_batch.cuh"
+#include "small_batch_sparse_cores.cuh"
 
 namespace nms {
 
@@ -58,8 +59,8 @@ void with_unit(const SmallProblem& p, const Fn& fn) {
 }
 
 // The kernel's arguments but for the plan.
-template <class Body, class Unit>
-Body small_body(const SmallProblem& p) {
+template <class Body>
+Body small_body(const SmallProblem& p, int unit_inputs) {
   Body body{};
   body.x = p.x;
   body.x_row = p.x_row;
@@ -69,42 +70,66 @@ Body small_body(const SmallProblem& p) {
   body.values = p.values;
   body.indices = p.indices;
   const int64_t groups = divide_up(p.k, int64_t{p.format.m});
-  body.values_row = groups * p.format.n * Unit::kElementBytes;
+  body.values_row = groups * p.format.n * Body::kElementBytes;
   body.indices_row = index_row_bytes(p.format, groups);
   body.rows = p.rows;
   body.k = p.k;
-  body.unit_inputs = p.format.m;
-  if constexpr (Unit::kWide) body.unit_inputs *= Unit::kValues / p.format.n;
+  body.units = static_cast<int>(divide_up(p.k, int64_t{unit_inputs}));
+  body.out = p.out;
+  return body;
+}
+
+template <DType D, DType V, int T, class Unit>
+SmallBatch<D, V, T, Unit> small_body_of(const SmallProblem& p) {
+  int inputs = p.format.m;
+  if constexpr (Unit::kWide) inputs *= Unit::kValues / p.format.n;
+  auto body = small_body<SmallBatch<D, V, T, Unit>>(p, inputs);
+  body.unit_inputs = inputs;
   while (1 << body.n_log2 < p.format.n) ++body.n_log2;
   while (1 << body.m_log2 < p.format.m) ++body.m_log2;
-  body.units = static_cast<int>(divide_up(p.k, int64_t{body.unit_inputs}));
   body.format = p.format;
-  body.out = p.out;
   return body;
 }
 
 template <class Body>
 SmallShape shape_of(const Body& body) {
-  const int tile_units = kSmallTileBytes / (body.unit_inputs * 128) * Body::Slots::kColumns;
-  return {
-      body.rows, body.units, tile_units, Body::kRows, body.values_row + body.indices_row, Body::kTokens * body.k * 2};
+  return {body.rows,
+          body.units,
+          body.max_tile_units(),
+          Body::kWarpRows,
+          Body::kMaxLanes,
+          body.values_row + body.indices_row,
+          Body::kTokens * body.k * 2};
+}
+
+// Whether sparse tensor cores do: 2:4, whole steps, and their loads' boundaries.
+template <class Body>
+bool is_sparse_core(const SmallProblem& p) {
+  return p.format.n == 2 && p.format.m == 4 && p.k % Body::kStep == 0 && is_aligned(p.values, kChunkBytes) &&
+         is_aligned(p.indices, kChunkBytes);
 }
 
 // fn(body). Patterns that are read element by element have no tile of 4 tokens.
 template <DType D, DType V, class Fn>
 void with_body(const SmallProblem& p, const Fn& fn) {
+  if (p.tokens > 1 && is_sparse_core<SparseCoreBatch<D, V, 1>>(p)) {
+    const int inputs = SparseCoreBatch<D, V, 1>::kStep;
+    if (p.tokens <= 8)
+      fn(small_body<SparseCoreBatch<D, V, 1>>(p, inputs));
+    else if (p.tokens <= 16)
+      fn(small_body<SparseCoreBatch<D, V, 2>>(p, inputs));
+    else
+      fn(small_body<SparseCoreBatch<D, V, 4>>(p, inputs));
+    return;
+  }
   with_unit<V>(p, [&](auto unit) {
     using Unit = decltype(unit);
-    if (p.tokens == 1) {
-      using Body = SmallBatch<D, V, 1, Unit>;
-      fn(small_body<Body, Unit>(p));
-    } else if (Unit::kWide && p.tokens <= 4) {
-      using Body = SmallBatch<D, V, Unit::kWide ? 4 : 8, Unit>;
-      fn(small_body<Body, Unit>(p));
-    } else {
-      using Body = SmallBatch<D, V, 8, Unit>;
-      fn(small_body<Body, Unit>(p));
-    }
+    if (p.tokens == 1)
+      fn(small_body_of<D, V, 1, Unit>(p));
+    else if (Unit::kWide && p.tokens <= 4)
+      fn(small_body_of<D, V, Unit::kWide ? 4 : 8, Unit>(p));
+    else
+      fn(small_body_of<D, V, 8, Unit>(p));
   });
 }
 
@@ -131,9 +156,9 @@ void launch_small(const SmallProblem& p, const SmallPlan& plan, float* workspace
   with_small_body<D>(p, [&](auto body) {
     body.plan = plan;
     body.partial = plan.splits > 1 ? workspace : nullptr;
-    const int64_t row_tiles = divide_up(p.rows, plan.block_rows(body.kRows));
+    const int64_t row_tiles = divide_up(p.rows, plan.block_rows(body.kWarpRows, body.kMaxLanes));
     const dim3 grid(static_cast<unsigned>(row_tiles * body.token_tiles.value()), static_cast<unsigned>(plan.splits));
-    small_batch_kernel<<<grid, kSmallThreads, 0, stream>>>(body);
+    launch_small_batch(body, grid, stream);
     if (plan.splits > 1) launch_map(SumSplits<D>{workspace, plan.splits, p.tokens, Divisor(p.rows), p.out}, stream);
   });
 }
