@@ -43,6 +43,11 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) - 1).pow(2).mean()
 
 
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    """With momentum, whose state depends on every step before."""
+    return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from train.common import batch, loss_of, mlp
+from train.common import batch, loss_of, mlp, sgd
 from train.ranks import (
     LAMBDA,
     WORLD,
@@ -21,7 +21,6 @@ from train.ranks import (
     mine,
     one_pass_adamw,
     one_pass_sgd,
-    sgd,
     train_together,
 )
 

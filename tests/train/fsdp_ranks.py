@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel as DDP
-from train.common import assert_same, assert_satisfies, batch, loss_of, mlp, train
+from train.common import assert_same, assert_satisfies, batch, loss_of, mlp, sgd, train
 from train.ranks import (
     LAMBDA,
     WORLD,
@@ -28,7 +28,6 @@ from train.ranks import (
     mine,
     one_pass_adamw,
     one_pass_sgd,
-    sgd,
     train_together,
     whole,
 )

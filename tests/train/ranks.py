@@ -26,10 +26,6 @@ def case(function: Callable[[pathlib.Path], None]) -> Callable[[pathlib.Path], N
     return function
 
 
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-
-
 def adam(model: nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), lr=0.05)
 

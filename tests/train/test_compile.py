@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounter
-from train.common import batch, loss_of, mlp, train
+from train.common import batch, loss_of, mlp, sgd, train
 
 from nmsparse_ext.train import Sparsifier
 
@@ -14,10 +13,6 @@ from nmsparse_ext.train import Sparsifier
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> None:
     torch._dynamo.reset()
-
-
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["compiled-first", "compiled-later"])

@@ -7,14 +7,10 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from train.common import loss_of, mlp, train
+from train.common import loss_of, mlp, sgd, train
 
 import nmsparse_ext as nms
 from nmsparse_ext.train import Sparsifier
-
-
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
 
 
 def build(method: str = "sr-ste", seed: int = 0):
