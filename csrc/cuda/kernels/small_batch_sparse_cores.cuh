@@ -1,30 +1,26 @@
 // What    The product of few tokens with a 2:4 weight on sparse tensor cores, W read as it is stored: a group's two
-// values
-//         are one register of an mma.sp operand, its code is one nibble of its metadata. From 2 tokens on the plain
-//         kernel (small_batch.cuh) has too much to add; this one adds 8 tokens at once and takes about 30 instructions
-//         per warp for 512 kept weights, so that it waits for memory alone.
+//         values are one register of an mma.sp operand, its code is one nibble of the metadata. From 2 tokens on the
+//         plain kernel (small_batch.cuh) has too much to add; here an instruction adds 8 tokens at once.
 // Layout  A warp takes 16 rows and a *step* of 64 inputs (int8: 128) at a time: four lanes read 64 bytes of a row, 16
-//         each, and of the row 8 below. Lane c of the four has the groups G c ... G c + G - 1 (G = 4; int8: 8), one
-//         a word. mma.sp (m16n8k32) wants eight groups of each row, its slots, of which lane c brings slots c, c + 4:
+//         each, and of the row 8 below. Lane c of the four has groups G c ... G c + G - 1 of the step (G = 4, int8: 8),
+//         a word each. mma.sp (m16n8k32) wants eight groups of a row, its slots; lane c brings slots c and c + 4:
 //
-//            mma j     slot  0      1      2      3      4          5          6          7
-//                      group 2j   G+2j  2G+2j  3G+2j   2j+1     G+2j+1   2G+2j+1   3G+2j+1
+//            slot of mma j    0      1       2        3        4        5         6          7
+//            group            2j   G + 2j  2G + 2j  3G + 2j  2j + 1  G + 2j+1  2G + 2j+1  3G + 2j+1
 //
-//         So K is permuted, and nothing is exchanged between lanes: x's tile in shared memory is written in the same
-//         order, as each lane's operand of 16 bytes, and codes are picked to match. Lanes 0, 1 bring the metadata of
-//         even mmas (slots 0-3, 4-7), lanes 2, 3 that of odd ones; bits 0-15 are row r's, 16-31 row r + 8's:
-//
-//            word s of lane c's codes, nibble 4 (j / 2) + c    ->    nibble s of its half
+//         So K is permuted and nothing is exchanged between lanes: x's tile in shared memory is written in the same
+//         order, as each lane's operand of 16 bytes, and codes are picked to match. Lanes 0, 1 of the four bring the
+//         metadata of even mmas (slots 0-3, slots 4-7), lanes 2, 3 that of odd ones; bits 0-15 are row r's, 16-31 row
+//         r + 8's. Lane c's nibble s is nibble 4 (j / 2) + c of the G nibbles that belong to lane s.
 //
 //         x in shared memory: [steps][8 tokens each][mmas of a step][token n][lane c of four][4 words]: a warp's
 //         operand of an mma is 512 bytes in a line. Word i of lane c: slot 2 i + c / 2, its inputs 2 (c % 2) and the
 //         next.
-// Safety  Nothing is addressed by a code, so that damaged ones can read nothing. (PTX leaves the result of nibbles
-//         without idx0 < idx1 open; they are refused where a file is read.)
-// Launch  As small_batch.cuh: [row tiles * tiles of tokens, splits], 16 warps, of which `parts` share rows. 2 and 3: a
-//         warp's sums go to shared memory and are added in the order of parts. No atomics.
-//         Registers allow two blocks a multiprocessor; a warp has 1 KiB of W in flight, 2 for up to 8 tokens, 32 of
-//         them 32 or 64 KiB.
+// Safety  Nothing is addressed by a code, so that damaged ones can make nothing be read. (PTX leaves open what comes of
+//         nibbles without idx0 < idx1; files that have them are refused when they are read.)
+// Launch  As small_batch.cuh: [row tiles * tiles of tokens, splits], 16 warps, of which `parts` share rows; a warp's
+//         sums go to shared memory and are added in the order of parts. No atomics. Registers allow two blocks a
+//         multiprocessor. A warp has 1 KiB of W in flight, 2 for up to 8 tokens, 32 of them 32 or 64 KiB.
 #pragma once
 
 #include "small_batch.cuh"
