@@ -7,7 +7,6 @@ small random weights; only one that gave the very same bytes is used. Else the l
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -25,7 +24,7 @@ SHAPES = ((128, 256), (256, 128), (384, 512))
 
 def random_weight(rows: int, k: int, dtype: torch.dtype, device: torch.device | str, seed: int) -> Tensor:
     """A weight with exactly as many nonzeros in every group as the hardware keeps: 1 to 100, either sign."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator("cpu").manual_seed(seed)
     pattern = lt.hardware_pattern(dtype)
     places = torch.rand(rows, k // pattern.m, pattern.m, generator=random, device="cpu").argsort(-1)
     kept = (places < pattern.n).view(rows, k)
@@ -55,18 +54,26 @@ def find_layout(
     return None
 
 
-@functools.cache
+_found: dict[tuple[torch.device, str, torch.dtype], str | None] = {}
+
+
 def probed_layout(device: torch.device, version: str, dtype: torch.dtype) -> str | None:
-    """`find_layout` of a GPU's cuSPARSELt, found once per device, library version and dtype."""
+    """`find_layout` of a GPU's cuSPARSELt, found once per device, library version and dtype.
+
+    None, too, while a graph is being captured and nothing was found before: a probe waits for the GPU.
+    """
     from .cusparselt import compress_with_library
 
-    return find_layout(compress_with_library, dtype, device)
+    key = (device, version, dtype)
+    if key not in _found:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        _found[key] = find_layout(compress_with_library, dtype, device)
+    return _found[key]
 
 
 def usable_layout(device: torch.device, version: str, dtype: torch.dtype, rows: int, k: int) -> str | None:
     """`probed_layout`, if a weight ``[rows, k]`` can have it."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None  # a probe waits for the GPU
     layout = probed_layout(device, version, dtype)
     if layout is None:
         return None

@@ -40,21 +40,6 @@ failed=()
 FAIL_WITHOUT_CUDA=1 timeout "$(remaining)" "$python" -m pytest -q -m needs_cuda --durations=10 \
     --continue-on-collection-errors --junitxml "$out/gpu_tests.xml" || failed+=("GPU tests")
 
-# A subset that takes every kernel's edges. Without torch's cache of memory, an access behind a tensor's end is one
-# behind its allocation.
-section "compute-sanitizer"
-sanitizer=$(PATH="$PATH:$CUDA_HOME/bin:$CUDA_HOME/compute-sanitizer" command -v compute-sanitizer || true)
-if [[ -n $sanitizer ]]; then
-    for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 FAIL_WITHOUT_CUDA=1 timeout "$(remaining)" \
-            "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes application-only \
-            "$python" -m pytest -q -p no:cacheprovider -m needs_cuda tests/gpu/test_cuda_products.py \
-            -k "damaged or bias_and_activation or strides or blobs or transposable" || failed+=("compute-sanitizer $tool")
-    done
-else
-    echo "not on this machine"
-fi
-
 section "what cuSPARSELt does here"
 timeout "$(remaining)" "$python" scripts/probe_cusparselt.py --quick --json "$out/probe_cusparselt.json" ||
     failed+=("probe_cusparselt")
@@ -72,6 +57,21 @@ done
 section "CPU engines on this machine"
 timeout "$(remaining)" "$python" -m pytest -q -m "not needs_cuda" tests/test_engines.py tests/test_build.py \
     --junitxml "$out/cpu_engine_tests.xml" || failed+=("CPU engine tests")
+
+# A subset that takes every kernel's edges. Without torch's cache of memory, an access behind a tensor's end is one
+# behind its allocation.
+section "compute-sanitizer"
+sanitizer=$(PATH="$PATH:$CUDA_HOME/bin:$CUDA_HOME/compute-sanitizer" command -v compute-sanitizer || true)
+if [[ -n $sanitizer ]]; then
+    for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 FAIL_WITHOUT_CUDA=1 timeout "$(remaining)" \
+            "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes application-only \
+            "$python" -m pytest -q -p no:cacheprovider -m needs_cuda tests/gpu/test_cuda_products.py \
+            -k "damaged or bias_and_activation or strides or blobs or transposable" || failed+=("compute-sanitizer $tool")
+    done
+else
+    echo "not on this machine"
+fi
 
 section "done"
 if ((${#failed[@]})); then

@@ -75,15 +75,12 @@ def test_probes_are_made_once_per_device_version_and_dtype(monkeypatch: pytest.M
         return reference.lt_prune_pack(w, "sm90")
 
     monkeypatch.setattr(cusparselt, "compress_with_library", library)
-    _lt_probe.probed_layout.cache_clear()
-    try:
-        cpu = torch.device("cpu")
-        for version in ("0.8.0", "0.8.0", "0.8.1"):
-            for dtype in (torch.float16, torch.bfloat16):
-                assert _lt_probe.probed_layout(cpu, version, dtype) == "sm90"
-        assert len(calls) == 2 * 2 * len(SHAPES)
-    finally:
-        _lt_probe.probed_layout.cache_clear()
+    monkeypatch.setattr(_lt_probe, "_found", {})
+    cpu = torch.device("cpu")
+    for version in ("0.8.0", "0.8.0", "0.8.1"):
+        for dtype in (torch.float16, torch.bfloat16):
+            assert _lt_probe.probed_layout(cpu, version, dtype) == "sm90"
+    assert len(calls) == 2 * 2 * len(SHAPES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
