@@ -6,7 +6,7 @@ A weight ``<module>.weight`` is stored as ``<module>.compressed`` (kept values i
 front. ``config.json`` has ``quantization_config.sparsity_config`` (older: ``compression_config``, or
 ``sparsity_config`` on top).
 
-Releases from 0.14.1 on have only the names of both formats left, and refuse to load such checkpoints.
+Releases from 0.15 on have only the names of both formats left, and refuse to load such checkpoints.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ._peer import PeerFormat, Reading, Source, Writing
 
 FORMAT_24 = "sparse-24-bitmask"
 FORMAT_ANY = "sparse-bitmask"
-#: The last release line that read what is written here; its tests read our files.
+#: What our files say they are written by: a release that reads them.
 VERSION = "0.13.0"
 _PARTS = ("shape", "compressed", "bitmask", "row_offsets")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
@@ -213,7 +213,7 @@ COMPRESSED_TENSORS = PeerFormat(
     recognises=_recognises,
     read=_read,
     write=_write,
-    verified=f"compressed-tensors {VERSION}, both directions; files that 0.8.1 and {VERSION} have written",
+    verified=f"compressed-tensors {VERSION} and 0.14.0.1, both directions",
     lossy="writing leaves weights dense that are not 2-D or do not embed in 2:4; scales of quantized weights "
     "come through as tensors of their own",
 )
