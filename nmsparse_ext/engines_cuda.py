@@ -196,7 +196,9 @@ def multiply(
     if branch == SMALL_BATCH:
         with torch._C._AutoDispatchBelowAutograd():  # its gradients are Python, which takes as long as the op
             return _small_batch_linear(x, values, indices, None, bias, pattern.n, pattern.m, k, activation)
-    if branch == LT and blob is not None and blob.numel():
+    # An input that does not fit goes dense too, and PyTorch says what is wrong: the library would not.
+    fits = x.dtype == values.dtype and k == values.shape[1] // pattern.n * pattern.m
+    if branch == LT and fits and blob is not None and blob.numel():
         weight = LtWeight(blob, values.shape[0], k, values.dtype)
         if x.dim() == 2:
             return cusparselt.multiply(x, weight, bias, None, 1.0, activation)

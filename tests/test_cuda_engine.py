@@ -93,6 +93,22 @@ def test_shapes_and_biases(shape: tuple[int, ...]) -> None:
         assert torch.equal(y.double(), F.relu(x.double() @ w.to_dense().double().T + full.double()))
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_inputs_that_do_not_fit(tokens: int, requires_grad: bool) -> None:
+    w, bias = three_ways(), integers(ROWS)
+    for x in (
+        integers(tokens, K // 2),
+        integers(tokens, 2 * K),
+        integers(tokens, K, dtype=torch.float32),
+        integers(tokens, K, dtype=torch.bfloat16),
+    ):
+        with pytest.raises(RuntimeError):
+            F.linear(x.requires_grad_(requires_grad), w, bias)
+    with pytest.raises(RuntimeError):
+        F.linear(integers(tokens, K), w, bias.float())
+
+
 @pytest.mark.parametrize("pattern", ["1:4", "2:8", "1:16", "4:8", "3:4", "1:32", "8:32", "1:64"])
 def test_patterns(pattern: str, ways: Ways) -> None:
     w = integers(ROWS, K)

@@ -122,7 +122,8 @@ def _packed(weight: Tensor, dtype: torch.dtype, transposed: bool) -> LtWeight | 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, min_tokens: int, transposed: bool) -> Tensor:
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     tokens = flat.shape[0]
-    packed = _packed(weight, x.dtype, transposed) if tokens >= max(min_tokens, 1) else None
+    fits = flat.shape[-1] == weight.shape[0 if transposed else 1]  # else F.linear says what is wrong
+    packed = _packed(weight, x.dtype, transposed) if fits and tokens >= max(min_tokens, 1) else None
     if packed is not None:
         y = cusparselt.multiply(flat, packed, bias).contiguous()
     elif transposed:
@@ -218,6 +219,8 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, min_
         return F.linear(x, weight, bias)
     device = x.device.type
     if not torch.is_autocast_enabled(device):
+        if x.dtype != weight.dtype:
+            return F.linear(x, weight, bias)  # which says so
         return torch.ops.nmsparse.masked_linear(x, weight, bias, min_tokens)
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):

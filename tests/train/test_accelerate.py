@@ -294,6 +294,9 @@ def test_the_ops() -> None:
     (grad,) = torch.autograd.grad(F.linear(exact, dense, bias).square().sum(), exact, create_graph=True)
     grad.square().sum().backward()
     torch.testing.assert_close(weight.grad, dense.grad)
+    for wrong in (x[..., :16], x.double()):
+        with pytest.raises(RuntimeError):
+            masked_linear.masked_linear(wrong, weight)
     per_row = torch.func.vmap(torch.func.grad(lambda x: masked_linear.masked_linear(x, weight, bias).sum()))
     torch.testing.assert_close(per_row(x.detach()[0]), dense.detach().sum(0).expand(5, 32))
     masked_linear.disown(weight)
