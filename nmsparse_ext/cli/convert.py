@@ -114,6 +114,10 @@ def convert(
         with progress(f"reading {source}"):
             given: Any = found.model if model is None and found is not None else source
             read = from_format or detect_format(given)
+            if read == "dense" and found is None and kind_of(source) is Kind.TRANSFORMERS:
+                # Its modules say along which dim each weight is grouped, which its file does not.
+                found = load_model(source)
+                given = found.model
             tensors = from_peer(
                 given,
                 format=read,

@@ -33,14 +33,18 @@ def explain(
         from nmsparse_ext._machine import machine
         from nmsparse_ext.cli.tensor_model import TensorModel
         from nmsparse_ext.deploy.explain import explain as measure
+        from nmsparse_ext.weights import weights
 
         found = load_model(model)
         unpack(found.model)
         scheme = read_pattern(pattern, found.model)
         chosen = choice(found.model, layers, skip)
         example = example_for(found, batch, tokens, model)
-        with running(model), progress("timing", None):
-            found_out = measure(found.model, scheme, example, choose=chosen)
+        listed = [weight for weight in weights(found.model) if chosen(weight)]
+        with running(model), progress("timing", len(listed)) as step:
+            found_out = measure(
+                found.model, scheme, example, choose=chosen, after=lambda name: step(text=name)
+            )
         if isinstance(found.model, TensorModel):
             rows = (
                 dataclasses.replace(row, reason="not timed: a file does not say how large its input is")

@@ -134,6 +134,7 @@ def explain(
     example_input: ExampleInput,
     *,
     choose: Callable[[Weight], bool] = lambda weight: True,
+    after: Callable[[str], object] = lambda name: None,
 ) -> Explanation:
     """Tells for each weight whether it pays to prune and pack it, on this machine and this input.
 
@@ -147,6 +148,7 @@ def explain(
         example_input: What the model is called with in earnest: a tensor, a tuple of arguments or a mapping
             of keyword arguments. It decides how many tokens each layer gets.
         choose: Which weights to look at.
+        after: Called with the name of each weight that has been timed.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -156,7 +158,7 @@ def explain(
     plans = {plan.weight.name: plan for plan in packed_plans(model, given)}
     listed = [weight for weight in weights(model) if choose(weight)]
     raced = [plans[weight.name] for weight in listed if weight.name in plans]
-    cold = race(model, raced, example_input, None, "best")
+    cold = race(model, raced, example_input, None, "best", after=after)
     hints = _Hints(model)
     uniform = Pattern.parse(scheme) if isinstance(scheme, (Pattern, str)) else None
     rows = []

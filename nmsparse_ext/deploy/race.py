@@ -33,6 +33,8 @@ def race(
     example_input: ExampleInput,
     dtype: torch.dtype | None,
     rival: str,
+    *,
+    after: Callable[[str], object] = lambda name: None,
 ) -> bool:
     """Runs the model once, lets every candidate be timed in place, and decides for each.
 
@@ -69,6 +71,7 @@ def race(
                 failures[plan] = str(error)
                 continue
             plan.seconds += timings[kind]
+            after(plan.weight.name)
 
     with contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype):
         run_example(model, example_input, dict.fromkeys(plans_of, before_forward))

@@ -76,6 +76,16 @@ def test_from_a_factory(run, here):
     assert torch.equal(found["0.weight"], state()["0.weight"])
 
 
+def test_transformers_folders_say_how_weights_lie(run, here, transformers_folders):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2LMHeadModel.from_pretrained(transformers_folders["gpt2"])
+    for name in nms.Scheme.uniform(model, "2:4"):
+        nms.nm_prune_(model.get_parameter(name).data, "2:4", dim=0)
+    model.save_pretrained("gpt2")
+    assert run("convert", "gpt2", "-o", "packed.safetensors").code == 0
+    assert nms.load_file("packed.safetensors")["transformer.h.0.mlp.c_fc.weight"].group_dim == 0
+
+
 def test_options_of_formats(run, dense_file):
     arguments = ("convert", dense_file, "-o", "m.safetensors", "--option", "max_shard_size=4KB")
     assert run(*arguments).code == 0
