@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common import RESULTS as RESULTS
 from common import Report, arguments, threads
 from prune_models import MODELS, Subject
 from torch import nn

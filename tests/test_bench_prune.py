@@ -58,3 +58,18 @@ def test_plain_gpt_computes_the_same() -> None:
     gpt = Gpt(20, 8, layers=2, width=16, heads=2).eval()
     tokens = torch.randint(20, (3, 8))
     torch.testing.assert_close(PlainGpt(gpt)(tokens), gpt(tokens))
+
+
+def test_page_has_the_tables_of_the_results() -> None:
+    import bench_prune
+
+    record = json.loads((bench_prune.RESULTS / "prune_quality.json").read_text(encoding="utf-8"))
+    rows = record["rows"]
+    page = (BENCH.parent / "docs" / "prune.md").read_text(encoding="utf-8")
+    assert bench_prune.markdown(rows, record["others"]["comparisons"]) in page
+    for test in record["others"]["comparisons"]:
+        assert test["seeds"] >= 5
+        again = bench_prune.compare(rows, test["model"], tuple(test["first"]), tuple(test["second"]))
+        assert again is not None
+        assert again["difference"] == pytest.approx(test["difference"])
+        assert again["p"] == pytest.approx(test["p"], rel=1e-3)
