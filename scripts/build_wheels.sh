@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds wheels as they would be published, and tries each: a clean copy of HEAD, one environment a Python, the platform
-# tag checked against manylinux, then installed beside a torch and run.
+# tag checked against manylinux, then installed beside a torch and run. The tag is that of the machine it is built on:
+# build in a manylinux_2_28 image (.github/workflows/wheels.yml) for wheels that older systems take.
 #
 #   scripts/build_wheels.sh                          # a CPU wheel for $PYTHON
 #   VARIANTS="cpu cu126 cu130" PYTHONS="/opt/python/cp310-cp310/bin/python ..." scripts/build_wheels.sh
@@ -25,6 +26,7 @@ OFFLINE_SITE=${OFFLINE_SITE:-}
 EXCLUDE=(--exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libcudart.so.*' --exclude 'libcuda.so.*')
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+unset PYTHONPATH  # what is tried must be the wheel
 root=$PWD/build/wheels
 mkdir -p "$root"
 rm -rf "$root/source" && mkdir "$root/source"
