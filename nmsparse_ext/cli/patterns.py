@@ -38,6 +38,8 @@ def read_pattern(text: str, model: nn.Module) -> Pattern | Scheme:
     try:
         return nms.Pattern.parse(text)
     except ValueError as error:
+        if ":" in text:
+            raise  # it was meant for one
         raise ValueError(f"{error}; and there is no scheme file of that name") from None
 
 
