@@ -4,7 +4,7 @@ Exit codes, for scripts: 0 it holds or worked; 1 a check failed; 2 wrong argumen
 Imports that take long (torch, and whatever needs it) stand inside the commands, so that ``nmsparse --help``
 answers at once.
 
-How to add a command: a file here (or `nmsparse_ext/cli_NAME.py`) with a function that typer understands, and
+How to add a command: a file here with a function that typer understands, and
 a line below. What it needs is shared:
 
 - `sources`: ``load_model(argument)`` and ``load_tensors(argument)`` for all that MODEL and FILE may be;
@@ -34,8 +34,8 @@ from nmsparse_ext.cli.report import report
 from nmsparse_ext.cli.search import search
 from nmsparse_ext.cli.study import study
 from nmsparse_ext.cli.train import train
+from nmsparse_ext.cli.tune import tune
 from nmsparse_ext.cli.verify import verify
-from nmsparse_ext.cli_tune import tune
 
 app = typer.Typer(
     help="N:M sparsity for PyTorch: choose a pattern, train with it, pack it, run it.",
