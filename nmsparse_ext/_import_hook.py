@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
+import warnings
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +16,8 @@ def import_after(theirs: str, ours: str) -> None:
 
     Nothing of the other library is imported for it. If ``ours`` cannot work with the version that is
     installed it raises ``ImportError``, which is not the concern of whoever imports ``theirs``: it is kept
-    quiet here, and seen by whoever imports ``ours`` by name.
+    quiet here, and seen by whoever imports ``ours`` by name. Any other error is a warning here: it must not
+    keep the other library from being imported.
 
     Args:
         theirs: Full name of a module.
@@ -30,31 +30,42 @@ def import_after(theirs: str, ours: str) -> None:
 
 
 def _import(ours: str) -> None:
-    with contextlib.suppress(ImportError):
+    try:
         import_module(ours)
+    except ImportError:
+        pass
+    except Exception as error:
+        warnings.warn(f"{ours} does not work here: {type(error).__name__}: {error}", stacklevel=2)
 
 
 class _Finder(MetaPathFinder):
-    """Lets the other finders find the module, and has its loader call back."""
+    """Lets the finders after it find the module, and has its loader call back."""
 
     def __init__(self, theirs: str, ours: str) -> None:
         self.theirs, self.ours = theirs, ours
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        # Whoever only asks where the module is (`importlib.util.find_spec`) takes nothing away.
         if fullname != self.theirs or self not in sys.meta_path:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.ours)
-        return spec
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            find = getattr(finder, "find_spec", None)  # which some old ones lack, as importlib knows
+            spec = None if find is None else find(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, self)
+                return spec
+        return None
 
 
 class _Loader(Loader):
-    """Another loader, and an import afterwards."""
+    """Another loader, and an import after the first time that it has run the module."""
 
-    def __init__(self, loader: Loader, ours: str) -> None:
-        self.loader, self.ours = loader, ours
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self.loader, self.finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)  # get_code(), get_source(), is_package(), ...
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -64,4 +75,6 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        _import(self.ours)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+            _import(self.finder.ours)
