@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -197,7 +198,7 @@ def strict_json(what: str, text: str | bytes) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            twice = sorted({key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])})
+            twice = sorted(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
             raise ValueError(f"entries {brief(twice)} appear more than once")
         return result
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import nmsparse_ext as nms
 from nmsparse_ext.deploy.format import parse_metadata
-from nmsparse_ext.deploy.shards import parse_size
+from nmsparse_ext.deploy.shards import parse_index, parse_size
 from nmsparse_ext.tensor import NMTensor
 
 INDEX = "model.safetensors.index.json"
@@ -248,3 +248,11 @@ def test_several_models_in_a_folder(tmp_path: Path) -> None:
     save_plain({"a": torch.ones(1)}, tmp_path / "b.safetensors")
     with pytest.raises(nms.FormatError, match="holds several models"):
         nms.load_file(tmp_path)
+
+
+def test_names_that_come_twice_among_many() -> None:
+    """No quadratic search for them: a file from a stranger may have a million."""
+    names = [f"layer{i}" for i in range(200_000)]
+    text = json.dumps(dict.fromkeys(names, "a.safetensors"))
+    with pytest.raises(nms.FormatError, match=r"'layer7'.* more than once"):
+        parse_index(f'{{"weight_map": {text[:-1]}, "layer7": "b.safetensors"}}}}'.encode())
