@@ -77,7 +77,7 @@ def export_onnx(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     args, named = call_arguments(example_input)
-    was_training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with densified(model), torch.no_grad():
@@ -85,7 +85,8 @@ def export_onnx(
                 model, args, kwargs=named, dynamo=True, verbose=False, **{"optimize": True, **kwargs}
             )
     finally:
-        model.train(was_training)
+        for module, mode in training.items():  # frozen batch norms stay in eval mode
+            module.training = mode
     assert program is not None  # so it is with dynamo=True
     proto = program.model_proto
     with atomic_write(path) as file:

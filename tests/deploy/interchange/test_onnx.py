@@ -73,6 +73,15 @@ def test_the_zeros_are_there(exported: tuple) -> None:
         assert torch.equal(tensors[name].to_dense(), model.get_parameter(name).to_dense())
 
 
+def test_training_flags_stay(tmp_path: Path) -> None:
+    """Each module's own: batch norms that somebody has frozen stay so."""
+    model = Net().train()
+    model.stem.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    export_onnx(model, torch.randn(2, 3, 8, 8), tmp_path / "m.onnx")
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_products_the_other_way_round(tmp_path: Path) -> None:
     """MatMul has its inputs in front; what is transposed on the way counts as the weight itself."""
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
