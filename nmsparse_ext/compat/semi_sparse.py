@@ -178,6 +178,6 @@ def swap_semi_sparse_linear_with_linear(model: nn.Module) -> None:
 
 def _swap(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if child in swaps:
+        for name, child in list(parent._modules.items()):  # named_children() has a shared layer only once
+            if child is not None and child in swaps:
                 setattr(parent, name, swaps[child])

@@ -86,6 +86,17 @@ def test_swap() -> None:
     assert made[0].weight is weight
 
 
+def test_swap_of_a_shared_layer() -> None:
+    made = nn.ModuleDict({"a": nn.Linear(8, 8)})
+    made["b"] = made["a"]
+    swap_linear_with_semi_sparse_linear(made, {"a": SemiSparseLinear})
+    assert isinstance(made["a"], SemiSparseLinear)
+    assert made["b"] is made["a"]
+    swap_semi_sparse_linear_with_linear(made)
+    assert type(made["a"]) is nn.Linear
+    assert made["b"] is made["a"]
+
+
 def test_swap_of_what_is_not_there() -> None:
     with pytest.raises(ValueError, match="no linear layer"):
         swap_linear_with_semi_sparse_linear(model(), {"1": SemiSparseLinear})
