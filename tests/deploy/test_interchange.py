@@ -168,10 +168,23 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     ):
         with pytest.raises(nms.FormatError, match=message):
             detect_format(tmp_path / name)
+    for state in ({0: torch.zeros(1)}, {"state_dict": {0: torch.zeros(1)}}):
+        with pytest.raises(nms.FormatError, match="must have names"):
+            detect_format(state)
     with pytest.raises(FileNotFoundError):
         detect_format(tmp_path / "gone.pt")
     with pytest.raises(TypeError, match="source must be"):
         detect_format(3)  # type: ignore[arg-type]
+
+
+class Counting(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 1}
+
+
+def test_extra_state_of_a_model_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"no tensor: \['0._extra_state'\]"):
+        to_peer(nn.Sequential(Counting(8, 8)), format="dense")
 
 
 class Evil:

@@ -135,8 +135,8 @@ def to_peer(
     Args:
         tensors: A model, whose weights are packed where they hold a pattern; or ``{name: Tensor or
             NMTensor}`` such as `load_file` and `from_peer` return.
-        destination: The file, or the folder ("compressed-tensors"); replaced in one step. ``None`` writes
-            nothing.
+        destination: The file, replaced in one step; or the folder ("compressed-tensors"), in which each file
+            is. ``None`` writes nothing.
         format: One of `FORMATS`.
         model: The model, if ``tensors`` is none and the format needs its layers ("modelopt",
             "dominosearch", "onnx").

@@ -30,11 +30,16 @@ def open_source(source: str | os.PathLike[str] | Mapping[str, Any] | nn.Module) 
 
     Raises:
         TypeError: If ``source`` is none of these.
+        ValueError: If a model has extra state that is no tensor.
         FormatError: If a file is damaged or holds no tensors by name.
         OSError: If it cannot be opened.
     """
     if isinstance(source, nn.Module):
-        tensors = {name: t.detach() for name, t in source.state_dict(keep_vars=True).items()}
+        state = source.state_dict(keep_vars=True)
+        strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        if strange:
+            raise ValueError(f"source has extra state that is no tensor: {brief(strange)}")
+        tensors = {name: t.detach() for name, t in state.items()}
         # torch.ao.pruning keeps the masks of its parametrizations out of state dicts.
         tensors |= {
             name: mask
@@ -89,9 +94,9 @@ def _state_dict(checkpoint: Any) -> tuple[dict[str, Any], frozenset[str]]:
     for key in STATE_DICTS:
         inner = checkpoint.get(key)
         if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
+            _check_names(inner)
             return dict(inner), frozenset(str(name) for name in checkpoint if name != key)
-    if not all(isinstance(name, str) for name in checkpoint):
-        raise FormatError(f"a state dict must have names, got {brief(list(checkpoint))}")
+    _check_names(checkpoint)
     strange = [name for name, value in checkpoint.items() if not isinstance(value, Tensor)]
     if strange:
         raise FormatError(
@@ -99,6 +104,11 @@ def _state_dict(checkpoint: Any) -> tuple[dict[str, Any], frozenset[str]]:
             f"{brief(strange)} are no tensors"
         )
     return dict(checkpoint), frozenset()
+
+
+def _check_names(state: Mapping[Any, Any]) -> None:
+    if not all(isinstance(name, str) for name in state):
+        raise FormatError(f"a state dict must have names, got {brief(list(state))}")
 
 
 def _masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

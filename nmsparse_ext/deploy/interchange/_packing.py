@@ -59,7 +59,7 @@ def pack_masked(name: str, weight: Tensor, mask: Tensor, reading: Reading, group
     """
     if mask.shape != weight.shape:
         raise FormatError(f"{name}: the mask has shape {list(mask.shape)}, the weight {list(weight.shape)}")
-    kept = mask.to(torch.bool)
+    kept = mask.to(weight.device, torch.bool)
     masked = torch.where(kept, weight, torch.zeros((), dtype=weight.dtype))
     if group_dim is None or weight.dtype not in WEIGHT_DTYPES or bool(kept.all()):
         return masked
@@ -78,9 +78,8 @@ def pack_masked(name: str, weight: Tensor, mask: Tensor, reading: Reading, group
 
 def pack_at(weight: Tensor, indices: Tensor, pattern: Pattern, group_dim: int) -> NMTensor:
     """Packs what stands at the given indices, bit for bit; the size of the group dim is a multiple of m."""
-    ones = torch.ones(
-        (*indices.shape[:-1], weight.shape[group_dim] // pattern.m * pattern.n), dtype=torch.int8
-    )
+    kept = weight.shape[group_dim] // pattern.m * pattern.n
+    ones = torch.ones((*indices.shape[:-1], kept), dtype=torch.int8, device=indices.device)
     taken = ops.unpack(ones, indices, pattern, k=weight.shape[group_dim], dim=ones.dim() - 1).bool()
     values = weight.movedim(group_dim, -1)[taken].view(ones.shape)
     shape = tuple(weight.shape)

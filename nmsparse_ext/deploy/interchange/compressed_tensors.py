@@ -124,7 +124,7 @@ def from_bitmask24(values: Tensor, bits: Tensor, shape: tuple[int, int], name: s
             f"got {values.dtype} {list(values.shape)}"
         )
     # Index nibbles by bit nibbles; 0 is none.
-    table = torch.zeros(16, dtype=torch.uint8)
+    table = torch.zeros(16, dtype=torch.uint8, device=bits.device)
     for low in range(4):
         for high in range(low + 1, 4):
             table[1 << low | 1 << high] = low | high << 2
@@ -147,18 +147,19 @@ def to_bitmask24(weight: NMTensor) -> dict[str, Tensor]:
 
 def _pack_mask(mask: Tensor) -> Tensor:
     mask = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
-    return (mask << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return (mask << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
 
 
 def _scatter(values: Tensor, bits: Tensor, shape: tuple[int, int], name: str) -> Tensor:
     """The dense weight of an unstructured bitmask."""
-    mask = (bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)[:, : shape[1]].bool()
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    mask = (bits.unsqueeze(-1) >> shifts & 1).flatten(1)[:, : shape[1]].bool()
     if values.dtype not in _DTYPES or values.dim() != 1 or values.numel() != int(mask.sum()):
         raise FormatError(
             f"{name}: the bitmask has {int(mask.sum())} bits, the values are "
             f"{values.dtype} {list(values.shape)}"
         )
-    raw = torch.zeros(shape, dtype=values.dtype).view(_INTS[values.dtype.itemsize])
+    raw = torch.zeros(shape, dtype=values.dtype, device=values.device).view(_INTS[values.dtype.itemsize])
     raw[mask] = values.contiguous().view(raw.dtype)  # float8 has no masked writes of its own
     return raw.view(values.dtype)
 

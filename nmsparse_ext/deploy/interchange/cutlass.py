@@ -98,11 +98,12 @@ def _unordered(packed: Tensor, nibbles: Tensor, name: str) -> NMTensor:
     place = torch.stack([nibbles & 3, nibbles >> 2], -1).long()
     values = packed.view(rows, groups, 2)
     # A value of zero gives way; float8 does not come here.
-    order = torch.where(values[..., :1] != 0, torch.tensor([1, 0]), torch.tensor([0, 1]))
+    first = torch.tensor([0, 1], device=packed.device)
+    order = torch.where(values[..., :1] != 0, 1 - first, first)
     _refuse((place[..., 0] == place[..., 1]) & (values != 0).all(-1), name)
     dense = torch.zeros(rows, groups, 4, dtype=packed.dtype, device=packed.device)
     for i in range(2):  # the one that counts comes last
-        slot = order[..., i : i + 1].to(packed.device)
+        slot = order[..., i : i + 1]
         dense.scatter_(-1, place.gather(-1, slot), values.gather(-1, slot))
     return compress(dense.view(rows, groups * 4), "2:4")
 

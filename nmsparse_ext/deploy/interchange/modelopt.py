@@ -62,7 +62,7 @@ def _write(writing: Writing) -> dict[str, Any]:
             continue
         # Restoring makes a mask for each of these modules, and wants it filled; -1 says that it is in use.
         config[f"{prefix}is_sparse"] = -1
-        full = torch.ones(tuple(weight.shape), dtype=torch.bool)
+        full = torch.ones(tuple(weight.shape), dtype=torch.bool, device=weight.device)
         result[prefix + _MASK] = mask_of(weight) if isinstance(weight, NMTensor) else full
     checkpoint = {
         "modelopt_state": {

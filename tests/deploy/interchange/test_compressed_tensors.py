@@ -13,10 +13,11 @@ from compressed_tensors.config import CompressionFormat, Sparse24BitMaskConfig, 
 from safetensors.torch import load_file as load_plain
 from safetensors.torch import save_file as save_plain
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nmsparse_ext as nms
 from nmsparse_ext.deploy import detect_format, from_peer, to_peer
-from nmsparse_ext.deploy.interchange.compressed_tensors import from_bitmask24, to_bitmask24
+from nmsparse_ext.deploy.interchange.compressed_tensors import _pack_mask, from_bitmask24, to_bitmask24
 from nmsparse_ext.tensor import NMTensor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
@@ -188,3 +189,8 @@ def test_other_formats_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(nms.FormatError, match="sparsity format must be sparse-24-bitmask or sparse-bitmask"):
         from_peer(tmp_path, format="compressed-tensors")
     assert load_plain(tmp_path / "model.safetensors")["a"] == 1
+
+
+def test_bitmasks_are_made_where_the_weight_is() -> None:
+    with FakeTensorMode():
+        assert _pack_mask(torch.ones(4, 12, dtype=torch.bool, device="cuda")).device.type == "cuda"
