@@ -12,6 +12,15 @@ mkdir -p "$out"
 
 section() { echo; echo "==== $1 (${SECONDS} s)"; }
 remaining() { echo $((limit > SECONDS ? limit - SECONDS : 1)); }
+failed=()
+# step NAME SHARE COMMAND...: at most SHARE percent of all the time, so that what comes after has its turn. An interrupt,
+# not a kill, ends it: pytest then still writes its report.
+step() {
+    local name=$1 most=$((limit * $2 / 100)) left
+    shift 2
+    left=$(remaining)
+    timeout --signal=INT --kill-after=10 $((most < left ? most : left)) "$@" || failed+=("$name")
+}
 
 "$python" - <<'PYTHON_CODE'
 import sys, torch
@@ -35,28 +44,25 @@ export TORCH_CUDA_ARCH_LIST
 "$python" -c 'import json, nmsparse_ext; print(json.dumps(nmsparse_ext.build_info().as_dict(), indent=1))' >"$out/build_info.json"
 
 section "GPU tests"
-failed=()
 # A package that this Python lacks fails the run by name, but not before everything else has run.
-FAIL_WITHOUT_CUDA=1 timeout "$(remaining)" "$python" -m pytest -q -m needs_cuda --durations=10 \
-    --continue-on-collection-errors --junitxml "$out/gpu_tests.xml" || failed+=("GPU tests")
+FAIL_WITHOUT_CUDA=1 step "GPU tests" 45 "$python" -m pytest -q -m needs_cuda --durations=10 \
+    --continue-on-collection-errors --junitxml "$out/gpu_tests.xml"
+
+# GPU_FULL=1 measures everything: an hour of products, so with GPU_LIMIT=14400.
+quick=(--quick)
+[[ -n ${GPU_FULL:-} ]] && quick=()
+
+section "bench_gpu_linear"  # which keeps what it has when its time is up
+step bench_gpu_linear 30 "$python" bench/bench_gpu_linear.py "${quick[@]}" --seconds $((limit * 25 / 100)) \
+    --json "$out/bench_gpu_linear.json"
 
 section "what cuSPARSELt does here"
-timeout "$(remaining)" "$python" scripts/probe_cusparselt.py --quick --json "$out/probe_cusparselt.json" ||
-    failed+=("probe_cusparselt")
+step probe_cusparselt 15 "$python" scripts/probe_cusparselt.py --quick --json "$out/probe_cusparselt.json"
 
-shopt -s nullglob
-for file in bench/bench_gpu_*.py; do
-    name=$(basename "$file" .py)
+for name in bench_gpu_train_linear bench_gpu_select; do
     section "$name"
-    options=(--json "$out/$name.json")
-    # The products are many; GPU_FULL=1 measures all of them, which takes an hour.
-    [[ $name == *linear ]] && [[ -z ${GPU_FULL:-} ]] && options+=(--quick)
-    timeout "$(remaining)" "$python" "$file" "${options[@]}" || failed+=("$name")
+    step "$name" 15 "$python" "bench/$name.py" "${quick[@]}" --json "$out/$name.json"
 done
-
-section "CPU engines on this machine"
-timeout "$(remaining)" "$python" -m pytest -q -m "not needs_cuda" tests/test_engines.py tests/test_build.py \
-    --junitxml "$out/cpu_engine_tests.xml" || failed+=("CPU engine tests")
 
 # A subset that takes every kernel's edges. Without torch's cache of memory, an access behind a tensor's end is one
 # behind its allocation.
@@ -64,14 +70,18 @@ section "compute-sanitizer"
 sanitizer=$(PATH="$PATH:$CUDA_HOME/bin:$CUDA_HOME/compute-sanitizer" command -v compute-sanitizer || true)
 if [[ -n $sanitizer ]]; then
     for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 FAIL_WITHOUT_CUDA=1 timeout "$(remaining)" \
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 FAIL_WITHOUT_CUDA=1 step "compute-sanitizer $tool" 30 \
             "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes application-only \
             "$python" -m pytest -q -p no:cacheprovider -m needs_cuda tests/gpu/test_cuda_products.py \
-            -k "damaged or bias_and_activation or strides or blobs or transposable" || failed+=("compute-sanitizer $tool")
+            -k "damaged or bias_and_activation or strides or blobs or transposable"
     done
 else
     echo "not on this machine"
 fi
+
+section "CPU engines on this machine"
+step "CPU engine tests" 100 "$python" -m pytest -q -m "not needs_cuda" tests/test_engines.py tests/test_build.py \
+    --junitxml "$out/cpu_engine_tests.xml"
 
 section "done"
 if ((${#failed[@]})); then

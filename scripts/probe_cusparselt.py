@@ -61,7 +61,7 @@ def layouts(quick: bool) -> Answer:
             if dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
                 continue
             w = weight(rows, k, dtype)
-            blob = cusparselt.compress(w.to_dense().cuda()).cpu()
+            blob = cusparselt.compress_with_library(w.to_dense().cuda()).cpu()
             theirs = None
             if hasattr(torch, "_cslt_compress"):
                 ours_like = torch._cslt_compress(w.to_dense().cuda()).cpu().flatten().view(torch.uint8)
@@ -194,13 +194,17 @@ def devices(quick: bool) -> Answer:
 
 
 PROBES: tuple[Callable[[bool], Answer], ...] = (
-    layouts, kernels, bias_pointer, capture, plans, algorithms, devices,
+    layouts, kernels, bias_pointer, capture, plans, devices, algorithms,  # what takes long comes last
 )  # fmt: skip
 
 
-def ask(probes: tuple[Callable[[bool], Answer], ...], quick: bool) -> dict[str, Answer]:
-    """All answers; of a probe that fails, why."""
-    answers = {}
+def ask(
+    probes: tuple[Callable[[bool], Answer], ...],
+    quick: bool,
+    keep: Callable[[dict[str, Answer]], object] = lambda answers: None,
+) -> dict[str, Answer]:
+    """All answers; of a probe that fails, why. After each, ``keep`` gets those there are."""
+    answers: dict[str, Answer] = {}
     for probe in probes:
         question = (probe.__doc__ or probe.__name__).splitlines()[0]
         print(question, flush=True)
@@ -211,7 +215,8 @@ def ask(probes: tuple[Callable[[bool], Answer], ...], quick: bool) -> dict[str, 
         ) as error:  # whatever it is, it is an answer, and the next question does not depend on it
             answer = {"failed": f"{type(error).__name__}: {error}"}
         answers[probe.__name__] = {"question": question, "answer": answer}
-        print(f"  {json.dumps(answer)[:400]}", flush=True)
+        print(f"  {json.dumps(answer, default=str)[:400]}", flush=True)
+        keep(answers)
     return answers
 
 
@@ -232,10 +237,14 @@ def main(argv: list[str] | None = None) -> int:
         "capability": list(torch.cuda.get_device_capability()),
         "cusparselt": info.cusparselt_version,
         "torch": torch.__version__,
-        "answers": ask(PROBES, arguments.quick),
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+
+    def keep(answers: dict[str, Answer]) -> None:
+        text = json.dumps({**record, "answers": answers}, indent=1, default=str)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+
+    ask(PROBES, arguments.quick, keep)
     print(f"written to {arguments.json}")
     return 0
 

@@ -44,11 +44,13 @@ def test_a_probe_that_fails_does_not_stop_the_others(probe: ModuleType) -> None:
         """y. And this?"""
         return {"yes": quick}
 
-    answers = probe.ask((fails, works), True)
+    kept: list[set[str]] = []
+    answers = probe.ask((fails, works), True, lambda so_far: kept.append(set(so_far)))
+    assert kept == [{"fails"}, {"fails", "works"}]
     assert answers["fails"] == {"question": "x. Does it?", "answer": {"failed": "RuntimeError: no"}}
     assert answers["works"]["answer"] == {"yes": True}
     assert [p.__name__ for p in probe.PROBES] == [
-        "layouts", "kernels", "bias_pointer", "capture", "plans", "algorithms", "devices",
+        "layouts", "kernels", "bias_pointer", "capture", "plans", "devices", "algorithms",
     ]  # fmt: skip
 
 

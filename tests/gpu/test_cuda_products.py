@@ -63,14 +63,17 @@ def both(
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9, 16, 32, 33])
-def test_products(pattern: str, tokens: int) -> None:
+def test_products(pattern: str) -> None:
     for (rows, k), dtype, int8 in itertools.product(SHAPES, HALVES, (False, True)):
+        # Packed once for all tokens: the reference takes longer for that than for the products.
         values, indices, n, m = packed(pattern, rows, k, torch.int8 if int8 else dtype)
-        x = torch.randint(-1, 2, (tokens, k)).to(dtype)
         scales = torch.full((rows,), 0.5) if int8 else None
-        actual, expected = both(x, values, indices, scales, None, n, m, k, "none")
-        assert torch.equal(actual, expected), (rows, k, dtype, int8)
+        x = torch.randint(-1, 2, (33, k)).to(dtype)
+        expected = reference.small_batch_linear(x, values, indices, scales, None, n, m, k, "none")
+        on_gpu = [None if a is None else a.cuda() for a in (x, values, indices, scales)]
+        for tokens in (1, 2, 3, 4, 5, 8, 9, 16, 32, 33):
+            actual = nmsparse.small_batch_linear(on_gpu[0][:tokens], *on_gpu[1:], None, n, m, k, "none")
+            assert torch.equal(actual.cpu(), expected[:tokens]), (tokens, rows, k, dtype, int8)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -164,7 +167,7 @@ def test_epilogue(dtype: torch.dtype, activation: str) -> None:
             expected = reference.epilogue(y, s, b, activation)
             on_gpu = [None if t is None else t.cuda() for t in (y, s, b)]
             torch.testing.assert_close(nmsparse.epilogue(*on_gpu, activation).cpu(), expected)
-            strided = on_gpu[0].transpose(0, -1).clone().transpose(0, -1)
+            strided = on_gpu[0].transpose(0, -1).contiguous().transpose(0, -1)
             for own in (on_gpu[0], strided):
                 nmsparse.epilogue_(own, *on_gpu[1:], activation)
                 torch.testing.assert_close(own.cpu(), expected)
@@ -211,7 +214,8 @@ def test_the_probe_decides_who_compresses(dtype: torch.dtype, record_property: A
     layout = probed_layout(device, library()[0] or "", dtype)
     record_property(f"layout of {dtype}", layout or "none of ours")
     w = nms.nm_prune(torch.randint(1, 100, (256, 512), device="cuda").to(dtype), lt.hardware_pattern(dtype))
-    assert torch.equal(cusparselt.compress(w), cusparselt.compress_with_library(w))
+    if layout is not None:  # else both are the library's, which need not write every byte
+        assert torch.equal(cusparselt.compress(w), cusparselt.compress_with_library(w))
 
 
 def test_an_activation_that_the_library_does_not_fuse() -> None:
