@@ -141,7 +141,7 @@ def domino_search(
         checkpoint: A file to write to every ``checkpoint_every`` steps. If it exists, the search goes on from
             there, to the same result bit for bit; with distributed ranks all must see it.
         checkpoint_every: Steps from one checkpoint to the next.
-        progress: Whether to show a progress bar, if tqdm is installed.
+        progress: Whether to show a progress bar, on a terminal and if tqdm is installed.
         process_group: The ranks that search together: ``None`` for all, ``False`` for this one alone.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -219,8 +220,12 @@ def test_a_compiled_model() -> None:
     assert result.trace == search(cnn()).trace
 
 
-def test_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On terminals: a log file would fill up with it."""
     pytest.importorskip("tqdm", reason="tqdm is not installed")
+    result = search(cnn(), progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     result = search(cnn(), progress=True)
     shown = capsys.readouterr().err
     assert "DominoSearch" in shown
