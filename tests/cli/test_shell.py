@@ -23,7 +23,14 @@ COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 
 def start(*args: object, **options) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
-    return subprocess.Popen([*COMMAND, *map(str, args)], env=environment, text=True, **options)
+    return subprocess.Popen(
+        [*COMMAND, *map(str, args)],
+        env=environment,
+        text=True,
+        # Where the tests themselves run in the background of a shell, Ctrl-C would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
 
 
 def process(*args: object, **options) -> subprocess.CompletedProcess:
