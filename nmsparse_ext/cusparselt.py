@@ -300,6 +300,8 @@ def multiply(
     fused = activation if is_fused else "none"
     if choice is None:
         choice = _chosen(x, weight, out, bias, scales, fused)
+    if bias is not None:
+        bias = bias.contiguous()
     y = _lt_matmul(x, weight.blob, bias, scales, alpha, weight.rows, fused, out, *choice)
     return y if is_fused else _activated(y, activation)
 

@@ -84,7 +84,14 @@ def test_every_way_gives_the_same(dtype: torch.dtype, activation: str, ways: Way
 @pytest.mark.parametrize("shape", [(K,), (1, K), (2, 1, K), (2, 3, K), (2, 0, K)])
 def test_shapes_and_biases(shape: tuple[int, ...]) -> None:
     w, x = three_ways(), integers(*shape)
-    for bias in (None, integers(ROWS), integers(1), integers(1)[0]):
+    for bias in (
+        None,
+        integers(ROWS),
+        integers(ROWS + 1)[1:],
+        integers(2 * ROWS)[::2],
+        integers(1),
+        integers(1)[0],
+    ):
         expected = F.linear(x.double(), w.to_dense().double(), None if bias is None else bias.double())
         assert torch.equal(F.linear(x, w, bias).double(), expected)
     if len(shape) == 3:

@@ -70,10 +70,12 @@ Activation activation_named(const std::string& name) {
   return name == "none" ? Activation::kNone : name == "relu" ? Activation::kRelu : Activation::kGelu;
 }
 
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % lt::kAlignment == 0; }
+
 // Whether `rows` rows of x, each k long, can be read where x lies: x is aligned, and its storage goes on that far
 // behind its last row. What the rows behind it hold does not matter, their results are cut off again.
 bool reads_in_place(const Tensor& x, int64_t rows, int64_t k) {
-  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % lt::kAlignment != 0) return false;
+  if (!is_aligned(x.const_data_ptr())) return false;
   int64_t storage = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &storage));
   const int64_t last = x.storage_offset() + (rows - 1) * x.stride(0) + k;
@@ -85,7 +87,7 @@ Tensor readable(const Tensor& x, Problem& p, int64_t tokens) {
   const lt::Multiples need = lt::multiples_of(p.type);
   const int64_t given = x.size(x.dim() - 2);
   const bool single = x.dim() == 2;
-  const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % lt::kAlignment == 0;
+  const bool aligned = is_aligned(x.const_data_ptr());
   p.x_layout = XLayout::kTokenRows;
   if (single && x.stride(1) == 1 && x.stride(0) >= p.k && x.stride(0) % need.tokens == 0 &&
       reads_in_place(x, tokens, p.k)) {
@@ -126,12 +128,14 @@ Tensor lt_matmul_cuda(const Tensor& x, const Tensor& blob, const std::optional<T
   p.out = out_type(out);
   p.activation = activation_named(activation);
   p.choice = {static_cast<int>(algorithm), static_cast<int>(split_k), static_cast<int>(split_k_mode)};
+  std::optional<Tensor> aligned_bias;  // where the given one, a view, is not
   if (bias) {
     check_same_device(x, *bias, "x and bias");
     NMS_CHECK(bias->dim() == 1 && bias->size(0) == rows && bias->is_contiguous() &&
                   bias->scalar_type() == scalar_type(lt::bias_type(p)),
               "bias must be contiguous [", rows, "], float32 for int8 weights, else of y's dtype (float16 for float8)");
-    p.bias = bias->const_data_ptr();
+    if (!is_aligned(bias->const_data_ptr())) aligned_bias = torch::stable::clone(*bias);
+    p.bias = (aligned_bias ? *aligned_bias : *bias).const_data_ptr();
   }
   if (scales) {
     check_same_device(x, *scales, "x and scales");

@@ -88,6 +88,13 @@ def test_every_way(way: str, dtype: torch.dtype, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_biases_that_are_views(way: str) -> None:
+    w, x = packed(way), integers(TOKENS[way][-1], 512)
+    for bias in (integers(257)[1:], integers(512)[::2]):
+        torch.testing.assert_close(F.linear(x, w, bias).double(), exact(x, w, bias), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_activations_and_gradients(way: str, activation: str) -> None:
     w, tokens = packed(way, dtype=torch.bfloat16), TOKENS[way][-1]
