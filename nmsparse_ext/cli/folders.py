@@ -50,14 +50,32 @@ def save_transformers(model: nn.Module, source: Path, out: Path, max_shard_size:
         saved.save_pretrained(folder, **options)
 
 
+def check_replaceable(path: Path) -> None:
+    """Refuses a folder that is not to be replaced as a whole, whatever the user says.
+
+    Raises:
+        ValueError: If it holds files and is no model's, holds other folders, or is the current one.
+    """
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} holds files and no config.json: it is no model's folder, and not replaced")
+    inside = [entry.name for entry in path.iterdir() if entry.is_dir()]
+    if inside:
+        raise ValueError(f"{path} holds folders ({', '.join(sorted(inside)[:3])}), which would be lost")
+    if path.samefile(Path.cwd()):
+        raise ValueError(f"{path} is the current folder, and not replaced")
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder that takes the place of ``path`` when the block ends without an error.
 
     An older folder is moved aside first, because a folder cannot be renamed over one that has something in
-    it; it is deleted when the new one is in its place, and moved back if that fails.
+    it; it is deleted when the new one is in its place, and moved back if that fails. A symbolic link stays
+    one, and its target is replaced.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     temporary.mkdir()
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nmsparse_ext.cli.examples import unpack
-from nmsparse_ext.cli.folders import save_transformers
+from nmsparse_ext.cli.folders import check_replaceable, save_transformers
 from nmsparse_ext.cli.options import (
     EXIT_FAILED,
     DryRunOption,
@@ -83,9 +83,7 @@ def compress(
         from nmsparse_ext.cli.verify import verify_one
         from nmsparse_ext.weights import weights
 
-        whole_folder = is_folder(model, out)
-        if not dry_run:
-            check_output(out, force, folder=whole_folder)
+        whole_folder = check_place(model, out, force, dry_run)
         loaded = load_model(model).model
         scheme = (
             _detected(loaded, layers, skip) if pattern is None else scheme_for(loaded, pattern, layers, skip)
@@ -160,9 +158,7 @@ def decompress(
     with usage_errors():
         import nmsparse_ext as nms
 
-        whole_folder = is_folder(model, out)
-        if not dry_run:
-            check_output(out, force, folder=whole_folder)
+        whole_folder = check_place(model, out, force, dry_run)
         found = load_model(model).model if whole_folder else None
         tensors = load_tensors(model) if found is None else found.state_dict(keep_vars=True)
         rows = []
@@ -232,9 +228,22 @@ def _detected(model: nn.Module, layers: list[str] | None, skip: list[str] | None
     return nms.Scheme(patterns, dense=dense)
 
 
-def is_folder(model: str, out: Path) -> bool:
-    """Whether a folder is to be written: of a transformers model, unless a file is asked for."""
-    return kind_of(model) is Kind.TRANSFORMERS and out.suffix != ".safetensors"
+def check_place(model: str, out: Path, force: bool, dry_run: bool) -> bool:
+    """Refuses, before any work is done, what cannot be written or should not be replaced.
+
+    Returns:
+        Whether a folder is to be written: of a transformers model, unless a file is asked for.
+
+    Raises:
+        ValueError: If there is something and not ``force``, or a folder that is no model's.
+        OSError: If ``out`` cannot be written.
+    """
+    whole_folder = kind_of(model) is Kind.TRANSFORMERS and out.suffix != ".safetensors"
+    if not dry_run:
+        check_output(out, force, folder=whole_folder)
+        if whole_folder:
+            check_replaceable(out)
+    return whole_folder
 
 
 def wrote(out: Path, dry_run: bool) -> str:

@@ -17,11 +17,10 @@ from nmsparse_ext.cli.options import (
     LayersOption,
     ModelArgument,
     SkipOption,
-    check_output,
     usage_errors,
 )
 from nmsparse_ext.cli.output import emit, emit_table, progress, show
-from nmsparse_ext.cli.pack import OutOption, ShardOption, is_folder, write_plain, wrote
+from nmsparse_ext.cli.pack import OutOption, ShardOption, check_place, write_plain, wrote
 from nmsparse_ext.cli.patterns import scheme_for
 from nmsparse_ext.cli.sources import load_model
 
@@ -87,9 +86,7 @@ def prune(
     with usage_errors():
         import nmsparse_ext as nms
 
-        whole_folder = is_folder(model, out)
-        if not dry_run:
-            check_output(out, force, folder=whole_folder)
+        whole_folder = check_place(model, out, force, dry_run)
         found = load_model(model)
         data = _calibration(found, model, calibration, batches, criterion != "magnitude" or permute)
         _own_memory(found.model)

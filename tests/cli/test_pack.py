@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -202,6 +204,30 @@ def test_folders_are_whole_or_not_there(here):
         interrupted()
     assert (target / "file").read_text() == "new"
     assert sorted(path.name for path in here.iterdir()) == ["cli_models.py", "out"]
+
+
+def test_folders_that_are_not_replaced(run, here, transformers_folders):
+    """--force replaces a model, and not somebody's photographs."""
+    made = shutil.copytree(transformers_folders["llama"], here / "model")
+    (here / "photos").mkdir()
+    (here / "photos" / "1.jpg").write_text("me")
+    (made / "notes").mkdir()
+    for command in ("compress", "decompress", "prune"):
+        for out, message in (
+            ("photos", "no model's folder"),
+            ("model", r"holds folders \(notes\)"),
+            (".", "no model's folder"),
+        ):
+            result = run(command, transformers_folders["llama"], "-o", out, "--force")
+            assert result.code == 2
+            assert re.search(message, result.err)
+    assert (here / "photos" / "1.jpg").read_text() == "me"
+    assert (made / "config.json").exists()
+    (made / "notes").rmdir()
+    (here / "link").symlink_to("model")
+    assert run("decompress", made, "-o", "link", "--force").code == 0
+    assert (here / "link").is_symlink()
+    assert sorted(path.name for path in here.iterdir()) == ["cli_models.py", "link", "model", "photos"]
 
 
 def test_groups_of_other_layouts(run, here, transformers_folders):
