@@ -120,11 +120,12 @@ def _recipe(name: str, arguments: Sequence[str]) -> Searched:
 def _transformers(folder: Path) -> Searched:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    names = getattr(config, "architectures", None) or [None]
-    kind = getattr(transformers, names[0] or "AutoModel", None)
-    if kind is None:
-        raise ValueError(f"{folder}: transformers has no {names[0]}")
+    # Code in the folder is not run, and nobody is asked whether it should be.
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    names = getattr(config, "architectures", None) or ["AutoModel"]
+    kind: Any = getattr(transformers, str(names[0]), None)
+    if not hasattr(kind, "from_pretrained"):
+        raise ValueError(f"{folder}: transformers has no model {names[0]!r}")
     model = kind.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "input_ids":

@@ -88,6 +88,22 @@ def test_transformers_folder(run, transformers_folders, name):
         assert "along dim 0" in checked["transformer.h.0.mlp.c_fc.weight"]["why"]
 
 
+def test_transformers_folders_from_strangers(run, here):
+    """Code in them is not run, nor asked about; what they call their class need be none."""
+    folder = here / "strange"
+    folder.mkdir()
+    (folder / "code.py").write_text("raise SystemExit('ran')")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run("inspect", folder)
+    assert result.code == 2
+    assert "trust_remote_code" in result.err
+    (folder / "config.json").write_text('{"model_type": "bert", "architectures": ["pipeline"]}')
+    result = run("inspect", folder)
+    assert result.code == 2
+    assert "transformers has no model 'pipeline'" in result.err
+
+
 def test_a_model_of_tensors():
     tied = torch.ones(6, 8)
     tensors = {
