@@ -36,7 +36,7 @@ def run_example(
     args, kwargs = call_arguments(example_input)
     hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before.items()]
     try:
-        with _evaluating(model), _without_fast_path():
+        with _evaluating(model), without_fast_path():
             model(*args, **kwargs)
     finally:
         for hook in hooks:
@@ -113,7 +113,7 @@ def _evaluating(model: nn.Module, stance: str = "force_eager") -> Iterator[None]
 
 
 @contextlib.contextmanager
-def _without_fast_path() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
     """The fused transformer layer takes weights without calling the modules that hold them."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     try:

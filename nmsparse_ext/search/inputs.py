@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from ..deploy.example import caller_of
+from ..deploy.example import caller_of, without_fast_path
 from ..weights import Weight
 from .matrices import matrices_of
 
@@ -165,15 +165,18 @@ def _before_projection(
     """What reaches the projection out of the heads.
 
     Attention multiplies with the weight of out_proj without calling it. With an identity there, its output is
-    what the weight would have been multiplied with.
+    what the weight would have been multiplied with. The module is replaced, as its weight may be the result
+    of a parametrization.
     """
     out = attention.out_proj
-    held = dict(out._parameters)
+    identity = nn.Linear(out.in_features, out.in_features, bias=False, device="meta")
+    identity.weight = nn.Parameter(torch.eye(out.in_features).to(out.weight))
     try:
-        out._parameters.update(weight=nn.Parameter(torch.eye(out.in_features).to(out.weight)), bias=None)
-        return attention.forward(*args, **kwargs)[0].detach()
+        attention._modules["out_proj"] = identity
+        with without_fast_path():  # which wants a bias
+            return attention.forward(*args, **kwargs)[0].detach()
     finally:
-        out._parameters.update(held)
+        attention._modules["out_proj"] = out
 
 
 # -------------------------------------------------------------------------------------------- other modules

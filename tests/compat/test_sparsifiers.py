@@ -105,6 +105,37 @@ def test_wanda_with_embeddings() -> None:
     assert bool((made[0].weight != 0).all())
 
 
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_wanda_in_attention(training: bool) -> None:
+    """Which multiplies with out_proj without calling it, by a fused function where it can."""
+    torch.manual_seed(0)
+    made = Attending().train(training)
+    names = ("attention.out_proj.weight", "head.weight")
+    expected, x = copy.deepcopy(made), torch.randn(8, 5, 16) * torch.linspace(0.1, 5, 16)
+    patterns = dict.fromkeys(names, "2:4")
+    nms.prune_model(expected, patterns, criterion="wanda", calibration=[x], sequential=None)
+    sparsifier = WandaSparsifier(pattern="2:4")
+    sparsifier.prepare(made, [{"tensor_fqn": name} for name in names])
+    masked = made.state_dict().keys()
+    with torch.no_grad():
+        made(x)
+    assert made.state_dict().keys() == masked
+    sparsifier.step()
+    sparsifier.squash_mask()
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+
+
 def test_wanda_counts_what_is_pruned() -> None:
     assert str(WandaSparsifier(semi_structured_block_size=5).pattern) == "3:5"
     for arguments in ({}, {"semi_structured_block_size": 4, "pattern": "2:4"}):
