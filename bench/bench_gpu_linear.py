@@ -35,8 +35,6 @@ from nmsparse_ext import crossover, cusparselt, engines_cuda
 from nmsparse_ext._as_on_a_gpu import as_on_a_gpu
 from nmsparse_ext._machine import machine
 
-#: Below, a product takes less time than its call does on the host: timed as a graph.
-GRAPH_TOKENS = 256
 SMALL_PATTERNS = ("1:4", "1:8", "1:16", "4:8")
 ROUNDS = 7
 
@@ -47,26 +45,6 @@ def host_batch(call: Callable[[int], object], calls: int, first: int = 0) -> flo
     for i in range(first, first + calls):
         call(i)
     return max((time.perf_counter() - start) * 1e6 / calls, 1e-3)
-
-
-def graphed(call: Call) -> Call:
-    """One call for each of a candidate's copies as a CUDA graph; replays count as that many calls."""
-    copies: int = call.copies  # type: ignore[attr-defined]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for i in range(copies):
-            call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for i in range(copies):
-            call(i)
-
-    def replay(i: int) -> None:
-        graph.replay()
-
-    replay.per_call = copies  # type: ignore[attr-defined]
-    return replay  # type: ignore[return-value]
 
 
 def clocks() -> dict[str, float | None]:
@@ -177,17 +155,17 @@ class Bench:
         """Microseconds of each, and which were timed as graphs."""
         if self.dry:
             return timing.alternate(calls, rounds=2, milliseconds=0.0, batch=host_batch), set()
-        graphs: dict[str, Call] = {}
-        if tokens <= GRAPH_TOKENS:
+        graphs: dict[str, Callable[[int], object]] = {}  # of a call for each of a candidate's copies
+        if tokens <= timing.GRAPH_TOKENS:
             for name, call in calls.items():
                 try:
-                    graphs[name] = graphed(call)
+                    graphs[name] = timing.graphed(call, call.copies)  # type: ignore[attr-defined]
                 except RuntimeError as error:  # torch's own path may synchronise; then it is timed as it is
                     print(f"  {name} cannot be captured: {str(error).splitlines()[0]}")
                     torch.cuda.synchronize()
         times = timing.alternate({**calls, **graphs}, rounds=ROUNDS)
-        for name, call in graphs.items():
-            times[name] = [value / call.per_call for value in times[name]]  # type: ignore[attr-defined]
+        for name in graphs:
+            times[name] = [value / calls[name].copies for value in times[name]]  # type: ignore[attr-defined]
         return times, set(graphs)
 
     def host_overhead(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cusparselt, ops
-from ._cuda_timing import alternate, medians
+from ._cuda_timing import GRAPH_TOKENS, alternate, graphed, medians
 from .crossover import DENSE, LT, SMALL_BATCH
 from .engines import portable
 from .engines_cuda import Operands, multiply
@@ -33,20 +33,37 @@ class CudaTimer:
         self._random = torch.Generator(values.device).manual_seed(0)
 
     def microseconds(self, tokens: int, branches: Sequence[str]) -> dict[str, float]:
-        """The median of several rounds, all ways in turns, with cold weights."""
+        """The median of several rounds, all ways in turns, with cold weights.
+
+        Few tokens are timed as replays of CUDA graphs: in calls one by one the host would take the longest,
+        and the way with the shortest call would win, whatever the GPU does.
+        """
         device, dtype = self._values.device, self._values.dtype
         with torch.no_grad(), torch.cuda.device(device):
             x = torch.randn(tokens, self._k, generator=self._random, device=device).to(dtype)
-            return medians(alternate({branch: self._call(branch, x) for branch in branches}))
+            sets = {branch: self._sets(branch) for branch in branches}
+            calls = {branch: self._call(branch, x, sets[branch]) for branch in branches}
+            if tokens <= GRAPH_TOKENS:
+                try:
+                    graphs = {branch: graphed(calls[branch], len(sets[branch])) for branch in branches}
+                except RuntimeError:  # one cannot be captured: compared as calls, then
+                    torch.cuda.synchronize()
+                else:
+                    found = medians(alternate(graphs))
+                    return {branch: time / len(sets[branch]) for branch, time in found.items()}
+            return medians(alternate(calls))
 
-    def _call(self, branch: str, x: Tensor) -> Callable[[int], Tensor]:
+    def _call(self, branch: str, x: Tensor, sets: list[Operands]) -> Callable[[int], Tensor]:
+        return lambda i: multiply(branch, x, *sets[i % len(sets)], None, self._pattern, "none")
+
+    def _sets(self, branch: str) -> list[Operands]:
+        """As many copies of what one way takes as exceed the cache."""
         first = self._operands(branch)
         values, indices, dense, blob = first
         read = [part for part in (dense, blob) if part is not None] or [values, indices]
         held = sum(part.nbytes for part in read)
         copies = min(MAX_COPIES, COLD_BYTES // max(held, 1) + 1)
-        sets = [first] + [self._clone(first) for _ in range(copies - 1)]
-        return lambda i: multiply(branch, x, *sets[i % len(sets)], None, self._pattern, "none")
+        return [first] + [self._clone(first) for _ in range(copies - 1)]
 
     def _operands(self, branch: str) -> Operands:
         """What `engines_cuda.multiply` takes; of it each way reads one form."""

@@ -7,7 +7,8 @@ where a weight is packed on a GPU while ``cusparselt.set_search_mode("first-use"
 is kept in ``nmsparse_ext/crossovers.json`` in the user's cache folder (``NMSPARSE_CROSSOVERS`` names another
 file). The mode ``"off"`` takes no notice of it.
 
-A number of tokens between two measured ones goes the way that won at the larger. Dense goes where nothing
+Up to 256 tokens the GPU's time counts (replays of CUDA graphs), not what a call takes on the host. A number
+of tokens between two measured ones goes the way that won at the larger. Dense goes where nothing
 else is faster than it by more than noise. Where nothing was measured, these are the rules, taken from what
 others have published and not from measurements of ours:
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import nmsparse_ext as nms
 from nmsparse_ext import crossover, cusparselt
 from nmsparse_ext.crossover import DENSE, LT, SMALL_BATCH, Choices, Measured, Problem
 from nmsparse_ext.pattern import Pattern
@@ -254,3 +257,29 @@ def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measured_times_must_be_times() -> None:
     with pytest.raises(ValueError, match="no points"):
         Measured.of_json({"rows": 1, "k": 1, "points": [[0, {"dense": 1.0}]]})
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_few_tokens_are_timed_as_graphs_if_they_can_be(
+    monkeypatch: pytest.MonkeyPatch, capturable: bool
+) -> None:
+    from nmsparse_ext import _crossover_timer as timer
+
+    def graphed(call: Callable[[int], object], calls: int) -> Callable[[int], object]:
+        if not capturable:
+            raise RuntimeError("no")
+        return lambda _: [call(i) for i in range(calls)]
+
+    def alternate(calls: dict[str, Callable[[int], Any]]) -> dict[str, list[float]]:
+        results = {name: call(0) for name, call in calls.items()}
+        return {name: [6.0 * len(y) if isinstance(y, list) else 7.0] for name, y in results.items()}
+
+    monkeypatch.setattr(timer, "graphed", graphed)
+    monkeypatch.setattr(timer, "alternate", alternate)
+    monkeypatch.setattr(timer, "MAX_COPIES", 3)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    one = timer.CudaTimer(nms.compress(torch.randn(32, 64).half(), "2:4", prune=True))
+    ways = (SMALL_BATCH, LT, DENSE)
+    assert one.microseconds(4, ways) == dict.fromkeys(ways, 6.0 if capturable else 7.0)
+    assert one.microseconds(300, (LT, DENSE)) == dict.fromkeys((LT, DENSE), 7.0)
