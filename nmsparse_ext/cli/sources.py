@@ -127,6 +127,7 @@ def load_model(argument: str, flags: Sequence[str] = (), *, step: str | None = N
     if kind in (Kind.TRANSFORMERS, Kind.FACTORY, Kind.RECIPE):
         from nmsparse_ext.recipes.searched import load_searched
 
+        _know_packed()
         quiet = quiet_transformers() if kind is Kind.TRANSFORMERS else nullcontext()
         with quiet:
             return load_searched(argument, flags, step=step)
@@ -149,11 +150,17 @@ def chosen(name: str, layers: Sequence[str] | None, skip: Sequence[str] | None) 
     return (not layers or match(layers)) and not match(skip or ())
 
 
+def _know_packed() -> None:
+    """Has `torch.load` know packed tensors: only in this command nmsparse_ext does not import them at once."""
+    import nmsparse_ext.tensor  # noqa: F401
+
+
 def _unpickled(path: Path) -> dict[str, Tensor]:
     import torch
 
     import nmsparse_ext as nms
 
+    _know_packed()
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

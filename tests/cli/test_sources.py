@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,24 @@ def test_the_same_from_everywhere(run, dense_file, packed_file, sharded_folder):
         assert rows["4.weight"]["pattern"] is None
         assert rows["0.weight"]["packed"] is (source == packed_file)
         assert run("verify", source, "2:4", "--skip", "4").code == 0
+
+
+def test_packed_tensors_in_a_pickle(here):
+    """A process of its own: this one has imported everything that torch.load has to know."""
+    packed = nms.compress(torch.randn(8, 16), "2:4", prune=True)
+    torch.save({"0.weight": packed}, "packed.pt")
+    (here / "loading.py").write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "def net():\n"
+        "    model = nn.Sequential(nn.Linear(16, 8, bias=False))\n"
+        "    model[0].weight = nn.Parameter(torch.load('packed.pt')['0.weight'], requires_grad=False)\n"
+        "    return model\n"
+    )
+    for source in ("packed.pt", "loading:net"):
+        command = [sys.executable, "-m", "nmsparse_ext", "verify", source, "2:4"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "packed as 2:4" in result.stdout
 
 
 def test_folder_with_one_file(run, here):
