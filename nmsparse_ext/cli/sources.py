@@ -151,7 +151,7 @@ def chosen(name: str, layers: Sequence[str] | None, skip: Sequence[str] | None) 
 
 
 def _know_packed() -> None:
-    """Has `torch.load` know packed tensors: only in this command nmsparse_ext does not import them at once."""
+    """Has `torch.load` know packed tensors: in this command nmsparse_ext does not import them at once."""
     import nmsparse_ext.tensor  # noqa: F401
 
 
