@@ -8,7 +8,8 @@ pack once a step. With a transposable mask the gradient of the input runs there 
 weight; the gradient of the weight is a dense product, as it has to be.
 
 Whoever vouches says that the weight as it stands has the pattern: a `Sparsifier` does after each step. Writes
-are told by the version counter, which ``.data`` goes around.
+are told by the version counter, which ``.data`` goes around. So do replays of a CUDA graph: a weight whose
+step was captured is packed in every product outside of the graph.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ __all__ = ["disown", "masked_linear", "vouch"]
 
 
 class _Vouched(NamedTuple):
-    """A weight that has a pattern as long as its version is this one."""
+    """A weight that has a pattern as long as its version is this one.
+
+    ``replayed``: a captured step writes to it, which no version tells.
+    """
 
     storage: StorageWeakRef  # holds on to the storage's address, not to its memory
     version: int
     pattern: Pattern
     transposable: bool
+    replayed: bool
     packed: dict[Hashable, Tensor]
 
 
@@ -62,7 +67,9 @@ def vouch(weight: Tensor, pattern: Pattern, *, transposable: bool = False) -> No
     with _lock:
         for key in [key for key, one in _vouched.items() if one.storage.expired()]:
             del _vouched[key]
-        _vouched[_key(storage, weight)] = _Vouched(storage, weight._version, pattern, transposable, {})
+        key = _key(storage, weight)
+        replayed = _is_capturing(weight) or (key in _vouched and _vouched[key].replayed)
+        _vouched[key] = _Vouched(storage, weight._version, pattern, transposable, replayed, {})
 
 
 def disown(weight: Tensor) -> None:
@@ -89,6 +96,11 @@ def _why_not_on(device: torch.device) -> str | None:
     return cusparselt.why_not(device)
 
 
+def _is_capturing(weight: Tensor) -> bool:
+    """Tests put another in its place."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _packed(weight: Tensor, dtype: torch.dtype, transposed: bool) -> LtWeight | None:
     """The weight in the library's form; None if nobody vouches for it, or it goes dense."""
     storage = StorageWeakRef(weight.untyped_storage())
@@ -104,11 +116,9 @@ def _packed(weight: Tensor, dtype: torch.dtype, transposed: bool) -> LtWeight | 
         dense = weight.detach().to(dtype)
         return cusparselt.compress((dense.T if transposed else dense).contiguous())
 
-    stream: Hashable = None
-    if weight.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return LtWeight(pack(), rows, k, dtype)  # part of the graph, so that replays see later weights
-        stream = torch.cuda.current_stream(weight.device).cuda_stream
+    if vouched.replayed or _is_capturing(weight):  # as part of the graph, so that replays see later weights
+        return LtWeight(pack(), rows, k, dtype)
+    stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None
     which = (dtype, transposed, stream)
     blob = vouched.packed.get(which)
     if blob is None:

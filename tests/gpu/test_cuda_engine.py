@@ -272,3 +272,5 @@ def test_a_captured_training_step_packs_the_weights_of_each_replay() -> None:
         graph.replay()
         torch.cuda.synchronize()
         torch.testing.assert_close(y, F.linear(x, before), rtol=1e-2, atol=1e-2)
+        now = F.linear(x, model.weight)
+        torch.testing.assert_close(model(x), now, rtol=1e-2, atol=1e-2)  # outside of the graph, too

@@ -201,6 +201,25 @@ def test_writes_from_outside_go_dense_until_the_next_step(calls: Calls) -> None:
     assert calls.take()[1] == 2
 
 
+def test_outside_of_a_captured_step_every_product_packs(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer, _ = made(network(), ALWAYS)
+    x, _ = batch()
+    with monkeypatch.context() as capture:
+        capture.setattr(masked_linear, "_is_capturing", lambda weight: True)
+        model(x).sum().backward()
+        optimizer.step()
+    calls.take()
+    for _ in range(2):  # between them the graph may be replayed, of which no version counter tells
+        model(x)
+        assert calls.take() == (2, 2)
+    optimizer.step()
+    for _ in range(2):
+        model(x)
+        assert calls.take() == (2, 2)
+
+
 def test_schedules_and_rules_that_soften_go_dense(calls: Calls) -> None:
     trained = made(network(), ALWAYS, schedule=DenseWarmup(2))
     train(trained, steps=2)
