@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Mapping
 
@@ -15,6 +16,12 @@ _MAX_CALLS = 200
 GRAPH_TOKENS = 256
 
 
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS and cuSPARSELt keep scratch memory for each stream that they have seen."""
+    return torch.cuda.Stream(device)
+
+
 def graphed(call: Callable[[int], object], calls: int) -> Callable[[int], object]:
     """A batch of calls as a CUDA graph: what replays it, with none of the host's time but that of the launch.
 
@@ -26,8 +33,8 @@ def graphed(call: Callable[[int], object], calls: int) -> Callable[[int], object
         RuntimeError: Something in it cannot be captured.
     """
     torch.cuda.synchronize()
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(_capture_stream(torch.cuda.current_device())):
         for i in range(calls):
             call(i)
         torch.cuda.synchronize()

@@ -283,3 +283,35 @@ def test_few_tokens_are_timed_as_graphs_if_they_can_be(
     ways = (SMALL_BATCH, LT, DENSE)
     assert one.microseconds(4, ways) == dict.fromkeys(ways, 6.0 if capturable else 7.0)
     assert one.microseconds(300, (LT, DENSE)) == dict.fromkeys((LT, DENSE), 7.0)
+
+
+def test_a_batch_as_a_graph_runs_once_before_and_once_while_it_is_captured() -> None:
+    from unittest import mock
+
+    from nmsparse_ext import _cuda_timing
+
+    log: list[Any] = []
+
+    class Graph:
+        def capture_begin(self, capture_error_mode: str) -> None:
+            log.append("begin")
+
+        def capture_end(self) -> None:
+            log.append("end")
+
+        def replay(self) -> None:
+            log.append("replay")
+
+    with (
+        mock.patch.multiple(
+            torch.cuda,
+            CUDAGraph=Graph,
+            current_device=lambda: 0,
+            stream=lambda stream: contextlib.nullcontext(),
+            synchronize=lambda: None,
+        ),
+        mock.patch.object(_cuda_timing, "_capture_stream", lambda device: None),
+    ):
+        replay = _cuda_timing.graphed(log.append, 2)
+    replay(5)
+    assert log == [0, 1, "begin", 0, 1, "end", "replay"]
