@@ -310,7 +310,7 @@ def test_a_batch_as_a_graph_runs_once_before_and_once_while_it_is_captured() -> 
             stream=lambda stream: contextlib.nullcontext(),
             synchronize=lambda: None,
         ),
-        mock.patch.object(_cuda_timing, "_capture_stream", lambda device: None),
+        mock.patch.object(_cuda_timing, "_capture_stream", return_value=None),
     ):
         replay = _cuda_timing.graphed(log.append, 2)
     replay(5)
