@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -41,11 +42,22 @@ class CudaTimer:
         device, dtype = self._values.device, self._values.dtype
         with torch.no_grad(), torch.cuda.device(device):
             x = torch.randn(tokens, self._k, generator=self._random, device=device).to(dtype)
-            sets = {branch: self._sets(branch) for branch in branches}
-            calls = {branch: self._call(branch, x, sets[branch]) for branch in branches}
+            sets: dict[str, list[Operands]] = {}
+            calls: dict[str, Callable[[int], Tensor]] = {}
+            for branch in branches:
+                try:
+                    sets[branch] = self._sets(branch)
+                    calls[branch] = self._call(branch, x, sets[branch])
+                    calls[branch](0)
+                except RuntimeError as error:
+                    if branch != LT or isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    # The library may refuse what it is said to take; that is no reason to measure nothing.
+                    calls.pop(branch, None)
+                    warnings.warn(f"cuSPARSELt is left out at {tokens} tokens: {error}", stacklevel=2)
             if tokens <= GRAPH_TOKENS:
                 try:
-                    graphs = {branch: graphed(calls[branch], len(sets[branch])) for branch in branches}
+                    graphs = {branch: graphed(call, len(sets[branch])) for branch, call in calls.items()}
                 except RuntimeError:  # one cannot be captured: compared as calls, then
                     torch.cuda.synchronize()
                 else:

@@ -284,6 +284,13 @@ def test_few_tokens_are_timed_as_graphs_if_they_can_be(
     assert one.microseconds(4, ways) == dict.fromkeys(ways, 6.0 if capturable else 7.0)
     assert one.microseconds(300, (LT, DENSE)) == dict.fromkeys((LT, DENSE), 7.0)
 
+    def refuses(*args: Any) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(cusparselt, "multiply", refuses)
+    with pytest.warns(UserWarning, match="left out at 300 tokens: no such kernel"):
+        assert one.microseconds(300, (LT, DENSE)) == {DENSE: 7.0}
+
 
 def test_a_batch_as_a_graph_runs_once_before_and_once_while_it_is_captured() -> None:
     from unittest import mock
