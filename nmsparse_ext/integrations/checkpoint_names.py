@@ -10,24 +10,41 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..deploy.format import INDICES, VALUES, parse_metadata
+from ..deploy.format import INDICES, VALUES, PackedEntry, parse_metadata
 from ..errors import FormatError
+from ..pattern import Pattern
 from ..weights import Weight
 
 
-def check_files(scheme: Mapping[str, str], files: Iterable[str]) -> None:
-    """Raises unless the config and the files agree on what is packed; their names may differ."""
-    packed: dict[str, str] = {}
+def read_entries(scheme: Mapping[str, str], files: Iterable[str]) -> dict[str, PackedEntry]:
+    """What the files say of each packed weight, under the names that they have there.
+
+    Raises:
+        FormatError: Unless the config and the files agree on how many weights have which pattern; names may
+            differ.
+    """
+    packed: dict[str, PackedEntry] = {}
     for path in files:
         if not os.fspath(path).endswith(".safetensors"):
             continue
         with safe_open(path, framework="pt") as file:
             contents = parse_metadata(file.metadata())
-        packed.update((name, str(entry.pattern)) for name, entry in contents.weights.items())
-    if packed and Counter(packed.values()) != Counter(scheme.values()):
+        packed |= contents.weights
+    stored = Counter(str(entry.pattern) for entry in packed.values())
+    if packed and stored != Counter(scheme.values()):
         raise FormatError(
             f"config.json says that {dict(Counter(scheme.values()))} weights are packed, the files say "
-            f"{dict(Counter(packed.values()))}"
+            f"{dict(stored)}"
+        )
+    return packed
+
+
+def check_entry(name: str, entry: PackedEntry, pattern: Pattern, group_dim: int | None) -> None:
+    """Raises unless a file says of a weight what the config says of it."""
+    if (entry.pattern, entry.group_dim) != (pattern, group_dim):
+        raise FormatError(
+            f"{name}: config.json says {pattern} along dim {group_dim}, the file says {entry.pattern} along "
+            f"dim {entry.group_dim}"
         )
 
 

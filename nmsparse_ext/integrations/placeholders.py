@@ -93,7 +93,8 @@ def make_room(
         weight = weights[name]
         group_dim = group_dims.get(name, weight.group_dim)
         if group_dim is None or not 0 <= group_dim < weight.parameter.dim():
-            raise ValueError(f"{name} cannot be packed as {pattern}: {weight.dense_because}")
+            because = weight.dense_because or f"it has no dim {group_dim}"
+            raise ValueError(f"{name} cannot be packed as {pattern}: {because}")
         for module, _ in weight.places:
             reason = why_not_packed(module, weight.parameter)
             if reason is not None:

@@ -46,7 +46,7 @@ from ..pattern import Pattern
 from ..scheme import Scheme
 from ..tensor import KEEPS, Keep, NMTensor
 from ..weights import canonical_name, weights
-from .checkpoint_names import check_files, file_names, names_in
+from .checkpoint_names import check_entry, file_names, names_in, read_entries
 from .placeholders import fill_room, make_room
 
 METHOD = "nmsparse"
@@ -185,8 +185,11 @@ class NMSparseQuantizer(HfQuantizer):
                 f"{type(model).__name__} has none"
             )
         dims = names_in(model, self.config.group_dims, by_name)
-        make_room(by_name, {name: Pattern.parse(text) for name, text in found.items()}, dims)
-        check_files(scheme, kwargs.get("checkpoint_files") or ())
+        patterns = {name: Pattern.parse(text) for name, text in found.items()}
+        make_room(by_name, patterns, dims)
+        entries = names_in(model, read_entries(scheme, kwargs.get("checkpoint_files") or ()), by_name)
+        for name in patterns.keys() & entries.keys():
+            check_entry(name, entries[name], patterns[name], dims.get(name, by_name[name].group_dim))
         # transformers ties what its classes say is tied. Packed weights are tied after loading.
         ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
         self.ties = {target: ties.pop(target) for target in list(ties) if target in found}

@@ -439,6 +439,18 @@ def test_configs_that_lie(entries: dict[str, Any], message: str, tmp_path: Path)
         BertModel.from_pretrained(tmp_path)
 
 
+def test_a_config_that_turns_a_square_weight(tmp_path: Path) -> None:
+    """Its parts have the same sizes along either dim."""
+    saved("bert", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    name = "encoder.layer.0.attention.output.dense.weight"
+    assert name in config["quantization_config"]["scheme"]
+    config["quantization_config"]["group_dims"] = {name: 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(nms.FormatError, match=f"{name}: config.json says .* dim 0, the file says .* dim 1"):
+        BertModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
