@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ... import ops
 from ...pattern import Pattern
-from ._packing import pack_dense
-from ._peer import PeerFormat, Reading, Source
+from ._containers import write_torch
+from ._packing import dense, pack_dense
+from ._peer import PeerFormat, Reading, Source, Writing
 
 
 def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
@@ -46,11 +47,21 @@ def _across_filters(weight: Tensor, pattern: Pattern, flat: bool) -> Tensor:
     return (pruned if flat else pruned.permute(0, 3, 1, 2)).contiguous(memory_format=torch.contiguous_format)
 
 
+def _write(writing: Writing) -> dict[str, Tensor]:
+    """Dense weights with their zeros: masks chosen among them keep what was kept."""
+    # Its models are wrapped for several GPUs when they are saved, and when they are loaded.
+    result = {f"module.{name}": dense(tensor) for name, tensor in writing.tensors.items()}
+    if writing.destination is not None:
+        write_torch({"state_dict": result}, writing.destination)
+    return result
+
+
 NM_SPARSITY = PeerFormat(
     name="nm-sparsity",
     title="checkpoints of the official SR-STE code (dense weights, masks in the forward)",
     recognises=lambda source: False,  # they look like any dense checkpoint
     read=_read,
+    write=_write,
     options=frozenset({"grouping"}),
     verified="the published rule, restated in the test",
     lossy="the dense weights that training could have gone on from; its choice among equal magnitudes, which "

@@ -66,6 +66,26 @@ def test_nm_sparsity_by_name() -> None:
     assert torch.equal(tensors["0.weight"], model[0].weight)
 
 
+def test_nm_sparsity_written(tmp_path: Path) -> None:
+    """The published forward, which chooses anew, makes of the file's weights what was packed."""
+    model, saved = checkpoint()
+    tensors = from_peer(saved, format="nm-sparsity", pattern="2:4", counts="kept")
+    to_peer(tensors, tmp_path / "checkpoint.pth.tar", format="nm-sparsity")
+    written = torch.load(tmp_path / "checkpoint.pth.tar")["state_dict"]
+    assert written.keys() == saved["state_dict"].keys()
+    for name in ("1.weight", "2.weight"):
+        weight = written[f"module.{name}"]
+        assert torch.equal(weight, tensors[name].to_dense())
+        assert torch.equal(weight, official_forward(weight, 2, 4, nhwc=True))
+    again = from_peer(
+        tmp_path / "checkpoint.pth.tar", format="nm-sparsity", pattern="2:4", counts="kept", model=model
+    )
+    for name, tensor in tensors.items():
+        assert type(again[name]) is type(tensor)
+        dense, expected = (t.to_dense() if isinstance(t, NMTensor) else t for t in (again[name], tensor))
+        assert torch.equal(dense, expected)
+
+
 def test_dominosearch(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 4))
     (tmp_path / "scheme.txt").write_text(
