@@ -77,7 +77,7 @@ def step_on(batch: dict[str, Tensor]) -> Callable[[nn.Module], Tensor]:
     """A step that knows one batch."""
 
     def step(model: nn.Module) -> Tensor:
-        logits = model(**batch).logits
+        logits = model(**batch).logits.flatten(0, -2)  # of images, or of all tokens
         return torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)))
 
     return step
