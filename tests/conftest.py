@@ -28,6 +28,18 @@ else:
     hypothesis.settings.load_profile("nmsparse")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed", type=int, default=0, help="what every test draws its numbers from; a test has to pass with any"
+    )
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a test file draws when it is imported does not depend on what was imported before it."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(collector.config.getoption("--seed"))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what needs a GPU where there is none, but fails where there was meant to be one."""
     if item.get_closest_marker("needs_cuda") is None or torch.cuda.is_available():
@@ -38,10 +50,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_random_numbers() -> Iterator[None]:
+def _own_random_numbers(pytestconfig: pytest.Config) -> Iterator[None]:
     """Every test starts from the same seed and leaves the generator as it found it."""
     state = torch.random.get_rng_state()
-    torch.manual_seed(0)
+    torch.manual_seed(pytestconfig.getoption("--seed"))
     yield
     torch.random.set_rng_state(state)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,21 +31,23 @@ def violations(model: nn.Module, scheme: nms.Scheme) -> list[str]:
     ]
 
 
-CONVS = {
-    "conv1d": (nn.Conv1d(16, 12, 3, padding=1), (16, 9)),
-    "conv2d": (nn.Conv2d(16, 12, 3, stride=2, padding=1), (16, 8, 8)),
-    "reflect": (nn.Conv2d(16, 12, 3, padding=1, padding_mode="reflect"), (16, 8, 8)),
-    "dilated": (nn.Conv2d(8, 12, (3, 2), dilation=(1, 2)), (8, 8, 8)),
-    "grouped": (nn.Conv2d(16, 12, 3, groups=2), (16, 8, 8)),
-    "conv3d": (nn.Conv3d(8, 6, 2), (8, 4, 4, 4)),
-    "channels_last": (nn.Conv2d(16, 12, 3).to(memory_format=torch.channels_last), (16, 8, 8)),  # type: ignore[call-overload]
+#: What makes a layer, and the shape of one of its inputs.
+CONVS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv1d": (lambda: nn.Conv1d(16, 12, 3, padding=1), (16, 9)),
+    "conv2d": (lambda: nn.Conv2d(16, 12, 3, stride=2, padding=1), (16, 8, 8)),
+    "reflect": (lambda: nn.Conv2d(16, 12, 3, padding=1, padding_mode="reflect"), (16, 8, 8)),
+    "dilated": (lambda: nn.Conv2d(8, 12, (3, 2), dilation=(1, 2)), (8, 8, 8)),
+    "grouped": (lambda: nn.Conv2d(16, 12, 3, groups=2), (16, 8, 8)),
+    "conv3d": (lambda: nn.Conv3d(8, 6, 2), (8, 4, 4, 4)),
+    "channels_last": (lambda: nn.Conv2d(16, 12, 3).to(memory_format=torch.channels_last), (16, 8, 8)),  # type: ignore[call-overload]
 }
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:8"])
 @pytest.mark.parametrize("name", CONVS)
 def test_convolutions(name: str, pattern: str) -> None:
-    layer, shape = CONVS[name]
+    make, shape = CONVS[name]
+    layer = make()
     x = torch.randn(6, *shape).cumsum(1)
     errors = {}
     for criterion in CRITERIA:
