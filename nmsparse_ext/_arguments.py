@@ -6,6 +6,9 @@ Each names the argument, what came and what is allowed. The first parameter of m
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,40 @@ from .pattern import Pattern
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_path(name: str, path: object) -> str:
+    """The path as text."""
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise TypeError(
+            f"{name} must be a path (str or os.PathLike), got {path!r} of type {type(path).__name__}"
+        )
+    return text
+
+
+def check_state(name: str, state: Mapping[str, object], error: type[Exception] = TypeError) -> None:
+    """Checks that a state dict holds tensors by name, and nothing else.
+
+    Args:
+        name: The argument's name.
+        state: The state dict.
+        error: What is raised; another one where the caller's argument is of the right type, as a model is.
+    """
+    nameless = [repr(key) for key in state if not isinstance(key, str)]
+    if nameless:
+        raise error(f"{name} must have names (str) as keys, got {_some(nameless)}")
+    strange = [
+        f"{key} of type {type(value).__name__}"
+        for key, value in state.items()
+        if not isinstance(value, Tensor)
+    ]
+    if strange:
+        raise error(f"{name} must hold tensors only, got {_some(strange)}")
+
+
+def _some(listed: list[str]) -> str:
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from typing import BinaryIO
+
+from ._arguments import check_path
 
 
 @contextlib.contextmanager
@@ -17,7 +20,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     The bytes are on the disk before the name is: the file is synced, then renamed over ``path``, then the
     folder is synced. A symbolic link stays one, and its target is replaced. The block may write to the file,
     or hand its ``name`` to a library that writes, or replaces, the file of that name.
+
+    Raises:
+        FileNotFoundError: If the folder of ``path`` does not exist.
+        IsADirectoryError: If ``path`` is a folder.
+        OSError: If it cannot be written for another reason; the old file is still there.
     """
+    check_place(path)  # the errors below would speak of a temporary file
     target = os.path.realpath(os.fspath(path))
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
@@ -37,6 +46,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.unlink(temporary)
         raise
     sync_folder(folder)
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Refuses a path that no file can be written to, before anything is.
+
+    Raises:
+        FileNotFoundError: If the folder of ``path`` does not exist.
+        IsADirectoryError: If ``path`` is a folder.
+    """
+    given = check_path("path", path)
+    target = os.path.realpath(given)
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, f"cannot be written, as there is no folder {folder}", given)
+    if os.path.isdir(target):
+        raise IsADirectoryError(errno.EISDIR, "is a folder; give the name of the file to write", given)
 
 
 def sync_folder(folder: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import domino_text
+from ._arguments import check_path
 from ._atomic import atomic_write
 from .errors import FormatError
 from .scheme import Scheme
@@ -35,8 +36,8 @@ def write(scheme: Scheme, path: str | os.PathLike[str]) -> None:
 
 def read(path: str | os.PathLike[str], model: nn.Module | None) -> Scheme:
     """Reads a scheme of either kind; see `Scheme.load`. ``model`` is needed for DominoSearch text only."""
-    source = os.fspath(path)
-    with open(path, "rb") as file:
+    source = check_path("path", path)
+    with open(source, "rb") as file:
         raw = file.read(_MAX_BYTES + 1)
     try:
         if len(raw) > _MAX_BYTES:

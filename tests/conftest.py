@@ -30,7 +30,10 @@ else:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--seed", type=int, default=0, help="what every test draws its numbers from; a test has to pass with any"
+        "--seed",
+        type=int,
+        default=0,
+        help="what every test draws its numbers from; a test has to pass with any",
     )
 
 

@@ -157,13 +157,18 @@ def swap_linear_with_semi_sparse_linear(
         config: ``{module name: SemiSparseLinear}``.
 
     Raises:
-        TypeError: If something is swapped for another class.
-        ValueError: If a name is no linear layer's.
+        TypeError: If an argument is of the wrong type, or something is swapped for another class.
+        ValueError: If a name is no linear layer's, or the model is itself the layer.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be a mapping of module names, got {type(config).__name__}")
     linears = {canonical_name(n): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name, kind in config.items():
         if canonical_name(name) not in linears:
-            raise ValueError(f"config names {name!r}, which is no linear layer of the model")
+            some = ", ".join(map(repr, list(linears)[:5])) + (", ..." if len(linears) > 5 else "")
+            raise ValueError(f"config must name linear layers of the model ({some}), got {name!r}")
         if not (isinstance(kind, type) and issubclass(kind, SemiSparseLinear)):
             raise TypeError(f"config[{name!r}] must be SemiSparseLinear, got {kind!r}")
     swaps = {linears[canonical_name(name)]: kind.from_dense for name, kind in config.items()}
@@ -171,12 +176,25 @@ def swap_linear_with_semi_sparse_linear(
 
 
 def swap_semi_sparse_linear_with_linear(model: nn.Module) -> None:
-    """Puts ``nn.Linear`` back for every `SemiSparseLinear`, in place. The weights are dense then."""
+    """Puts ``nn.Linear`` back for every `SemiSparseLinear`, in place. The weights are dense then.
+
+    Raises:
+        TypeError: If ``model`` is no module.
+        ValueError: If it is itself the layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     found = [m for m in model.modules() if isinstance(m, SemiSparseLinear)]
     _swap(model, {m: SemiSparseLinear.to_dense(m) for m in found})
 
 
 def _swap(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
+    if model in swaps:
+        made = "to_dense" if isinstance(model, SemiSparseLinear) else "from_dense"
+        raise ValueError(
+            f"model must be a module around its linear layers, got {type(model).__name__}, a layer that is "
+            f"in no other module and so cannot be replaced in place: take SemiSparseLinear.{made}(model)"
+        )
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() has a shared layer only once
             if child is not None and child in swaps:

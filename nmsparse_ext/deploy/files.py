@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .._arguments import check_path, check_state
 from ..errors import FormatError
 from ..pattern import Pattern
 from ..scheme import Scheme, as_scheme
@@ -55,19 +56,20 @@ def save_file(
             write shards to a place at a time.
 
     Raises:
-        TypeError: If an argument is of the wrong type.
+        TypeError: If an argument is of the wrong type, or a mapping holds what is no tensor.
         ValueError: If a weight violates the pattern that ``scheme`` gives it, if the model holds what
             safetensors cannot (extra state that is no tensor, sparse or meta tensors), or if two names
             collide in the file.
-        OSError: If the file cannot be written.
+        OSError: If the file cannot be written; `FileNotFoundError` if its folder does not exist.
     """
+    target = check_path("path", path)
     tensors = _tensors(model)
     if isinstance(model, nn.Module):
         tensors |= _packed(model, tensors, scheme)
     elif scheme is not None:
         raise TypeError("scheme needs a model: a mapping of tensors does not say which dims are grouped")
     limit = None if max_shard_size is None else parse_size(max_shard_size)
-    write_model(os.fspath(path), *layout(tensors), limit)
+    write_model(target, *layout(tensors), limit)
 
 
 def load_file(path: StrPath) -> dict[str, Tensor]:
@@ -92,13 +94,14 @@ def load_file(path: StrPath) -> dict[str, Tensor]:
 
 def _load(path: StrPath, engine: str | None) -> dict[str, Tensor]:
     """Reads a model; packed weights get that engine."""
+    source = check_path("path", path)
     try:
-        return unlayout(*read_stored(locate(os.fspath(path))), engine=engine)
+        return unlayout(*read_stored(locate(source)), engine=engine)
     except FormatError as error:
-        raise FormatError(f"{os.fspath(path)}: {error}") from None
+        raise FormatError(f"{source}: {error}") from None
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # Whatever PyTorch finds wrong with what the metadata describes.
-        raise FormatError(f"{os.fspath(path)}: no valid model: {error}") from error
+        raise FormatError(f"{source}: no valid model: {error}") from error
 
 
 def load_into(model: nn.Module, path: StrPath, *, keep: Keep | None = None) -> nn.Module:
@@ -164,18 +167,17 @@ def load_into(model: nn.Module, path: StrPath, *, keep: Keep | None = None) -> n
 def _tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All that is to be saved, with the parameters themselves (not copies), so that tied ones can be told."""
     if isinstance(model, nn.Module):
+        state = model.state_dict(keep_vars=True)
+        check_state("model", state, ValueError)
         # Wrappers (DDP, torch.compile) put prefixes before names: a file serves the wrapped model and the
         # plain one.
-        tensors = _renamed(model.state_dict(keep_vars=True))
+        tensors = _renamed(state)
     elif isinstance(model, Mapping):
+        check_state("model", model)
         tensors = dict(model)
     else:
         raise TypeError(f"model must be an nn.Module or a mapping of tensors, got {type(model).__name__}")
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{name} is of type {type(tensor).__name__}, and safetensors files hold tensors only"
-            )
         if isinstance(tensor, NMTensor):
             continue
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:

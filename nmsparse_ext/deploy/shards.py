@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file as write_safetensors
 from torch import Tensor
 
-from .._atomic import atomic_write, sync_folder
+from .._atomic import atomic_write, check_place, sync_folder
 from ..errors import FormatError
 from .format import INDICES, VALUES, Contents, brief, parse_metadata, strict_json
 
@@ -68,6 +68,7 @@ def write_model(path: str, stored: dict[str, Tensor], contents: Contents, limit:
     """
     if limit is not None and not path.endswith(EXTENSION):
         raise ValueError(f"path must end in {EXTENSION} for a model in shards, got {path!r}")
+    check_place(path)
     shards = [list(stored)] if limit is None else split(stored, contents, limit)
     if len(shards) > 1:
         _write_shards(path, [{name: stored[name] for name in shard} for shard in shards], contents)

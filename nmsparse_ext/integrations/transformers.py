@@ -17,6 +17,7 @@ It needs transformers 5.0 or newer (tested with 5.0.0 and 5.24.0).
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -36,7 +37,7 @@ except ImportError as error:
 
 from ..deploy.convert import convert, ignore_in_ddp
 from ..deploy.detect import has_nonzero
-from ..deploy.format import VALUES, Contents
+from ..deploy.format import VALUES, Contents, brief
 from ..deploy.listeners import when_packed
 from ..deploy.stored import layout
 from ..engines import find_engine
@@ -92,6 +93,8 @@ class NMSparseConfig(QuantizationConfigMixin):
             raise FormatError(f"version {version!r} of {METHOD} configs is not known, only {VERSION}")
         if keep not in KEEPS:
             raise ValueError(f"keep must be one of {KEEPS}, got {keep!r}")
+        if not isinstance(prune, bool):
+            raise TypeError(f"prune must be True or False, got {prune!r}")
         if engine is not None:
             find_engine(engine)
         self.quant_method: Any = METHOD  # of others', an enum
@@ -101,17 +104,42 @@ class NMSparseConfig(QuantizationConfigMixin):
         if isinstance(scheme, (str, Pattern)):
             self.scheme = str(Pattern.parse(scheme, argument="scheme"))
         elif scheme is not None:
+            if not isinstance(scheme, Mapping):
+                raise TypeError(
+                    'scheme must be a pattern such as "2:4", a mapping of parameter names to patterns, or '
+                    f"None, got {scheme!r} of type {type(scheme).__name__}"
+                )
             named = scheme if isinstance(scheme, Scheme) else Scheme(scheme)
             self.scheme = {name: str(pattern) for name, pattern in named.items()}
         self.skip = _names("skip", skip)
         if self.skip and isinstance(self.scheme, dict):
             raise ValueError("skip goes with one pattern for all; of a scheme by name leave names out")
-        self.prune = bool(prune)
+        self.prune = prune
         if self.prune and self.scheme is None:
             raise ValueError("prune needs a scheme: which pattern?")
         self.engine = engine
         self.keep = keep
         self.group_dims = _dims(group_dims or {})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Reads ``quantization_config`` of a ``config.json``; for the arguments see `transformers`.
+
+        Raises:
+            FormatError: If it has keys that are not known, or is of another version.
+            TypeError: If a value is of the wrong type.
+            ValueError: If a value is not allowed.
+        """
+        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        unknown = [name for name in config_dict if name not in known]
+        # Of another version, that is what is wrong, and __init__ says it.
+        if unknown and config_dict.get("version", VERSION) == VERSION:
+            raise FormatError(
+                f"quantization_config of {METHOD} must have no keys but {', '.join(known)}, "
+                f"got {brief(unknown)}"
+            )
+        known_entries = {name: value for name, value in config_dict.items() if name in known}
+        return super().from_dict(known_entries, return_unused_kwargs, **kwargs)
 
     def resolve(self, model: nn.Module) -> dict[str, Pattern]:
         """Patterns of the weights of ``model``, by name; empty if the scheme is to be detected."""

@@ -98,7 +98,7 @@ def test_swap_of_a_shared_layer() -> None:
 
 
 def test_swap_of_what_is_not_there() -> None:
-    with pytest.raises(ValueError, match="no linear layer"):
+    with pytest.raises(ValueError, match=r"linear layers of the model \('0', '2'\), got '1'"):
         swap_linear_with_semi_sparse_linear(model(), {"1": SemiSparseLinear})
     with pytest.raises(TypeError, match="must be SemiSparseLinear"):
         swap_linear_with_semi_sparse_linear(model(), {"0": nn.Linear})  # type: ignore[dict-item]
@@ -108,3 +108,28 @@ def test_swap_of_what_is_not_there() -> None:
     assert type(made[1]) is nn.Linear
     swap_linear_with_semi_sparse_linear(made, {"1": SemiSparseLinear})
     assert made[1].bias is None
+
+
+def test_swap_of_a_layer_that_is_in_no_module() -> None:
+    """There is nothing in which another one could take its place."""
+    linear = nn.Linear(8, 8)
+    with pytest.raises(
+        ValueError, match=r"got Linear, a layer .* take SemiSparseLinear\.from_dense\(model\)"
+    ):
+        swap_linear_with_semi_sparse_linear(linear, {"": SemiSparseLinear})
+    sparse = SemiSparseLinear.from_dense(linear)
+    with pytest.raises(ValueError, match=r"got SemiSparseLinear, .* SemiSparseLinear\.to_dense\(model\)"):
+        swap_semi_sparse_linear_with_linear(sparse)
+    assert SemiSparseLinear.to_dense(sparse).weight is linear.weight
+    wrapped = nn.ModuleDict({"module": linear})  # as wrappers call what they hold
+    swap_linear_with_semi_sparse_linear(wrapped, {"": SemiSparseLinear})
+    assert type(wrapped["module"]) is SemiSparseLinear
+
+
+def test_swap_with_arguments_of_the_wrong_type() -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got dict"):
+        swap_linear_with_semi_sparse_linear({}, {})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got dict"):
+        swap_semi_sparse_linear_with_linear({})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="config must be a mapping of module names, got list"):
+        swap_linear_with_semi_sparse_linear(model(), ["0"])  # type: ignore[arg-type]

@@ -227,7 +227,11 @@ class WithState(nn.Linear):
     ("model", "error", "message"),
     [
         (3, TypeError, "model must be an nn.Module or a mapping"),
-        (WithState(4, 4), ValueError, "_extra_state is of type dict"),
+        (WithState(4, 4), ValueError, "model must hold tensors only, got _extra_state of type dict"),
+        ({"a": torch.zeros(2), "b": 1}, TypeError, "model must hold tensors only, got b of type int"),
+        ({"a": {"b": torch.zeros(2)}}, TypeError, "model must hold tensors only, got a of type dict"),
+        (dict.fromkeys("abcde"), TypeError, "a of type NoneType, b .*, c of type NoneType and 2 more"),
+        ({1: torch.zeros(2)}, TypeError, r"model must have names \(str\) as keys, got 1"),
         ({"a": torch.zeros(2, 2).to_sparse()}, ValueError, "a cannot be saved"),
         ({"a": torch.zeros(2, 2, device="meta")}, ValueError, "a cannot be saved"),
         (
@@ -248,6 +252,31 @@ def test_what_cannot_be_saved(path: Path, model: Any, error: type[Exception], me
         nms.save_file(model, path)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_where_nothing_can_be_written(net: Net, tmp_path: Path) -> None:
+    gone = tmp_path / "no" / "such" / "model.safetensors"
+    for options in ({}, {"max_shard_size": 100}):
+        with pytest.raises(FileNotFoundError, match=r"there is no folder .*such") as caught:
+            nms.save_file(net, gone, **options)
+        assert caught.value.filename == str(gone)
+    folder = tmp_path / "folder.safetensors"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError, match="is a folder; give the name of the file") as refused:
+        nms.save_file(net, folder)
+    assert refused.value.filename == str(folder)
+    assert [*tmp_path.iterdir()] == [folder]
+
+
+@pytest.mark.parametrize("path", [3, None, b"model.safetensors"])
+def test_what_is_no_path(net: Net, path: Any) -> None:
+    for call in (
+        lambda: nms.save_file(net, path),
+        lambda: nms.load_file(path),
+        lambda: nms.load_into(net, path),
+    ):
+        with pytest.raises(TypeError, match=r"path must be a path \(str or os\.PathLike\), got .* of type"):
+            call()
 
 
 def test_a_failing_write_leaves_the_old_file(net: Net, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,8 +158,17 @@ def test_wrong_arguments_of_writing(arguments: dict[str, Any], error: type[Excep
         to_peer({"w": weight}, **arguments)
     with pytest.raises(TypeError, match="tensors must be an"):
         to_peer(3, format="dense")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="w must be a Tensor"):
+    with pytest.raises(TypeError, match="tensors must hold tensors only, got w of type int"):
         to_peer({"w": 3}, format="dense")  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="destination must be a path"):
+        to_peer({"w": weight}, 3, format="dense")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("format", ["nmsparse", "dense", "apex-asp", "torch-pruning", "nm-sparsity"])
+def test_writing_into_a_folder_that_is_not_there(tmp_path: Path, format: str) -> None:
+    for name in ("w.pt", "w.safetensors"):
+        with pytest.raises(FileNotFoundError, match=r"there is no folder .*gone"):
+            to_peer({"w": torch.zeros(4, 8)}, tmp_path / "gone" / name, format=format)
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
@@ -178,6 +187,10 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     for state in ({0: torch.zeros(1)}, {"state_dict": {0: torch.zeros(1)}}):
         with pytest.raises(nms.FormatError, match="must have names"):
             detect_format(state)
+    with pytest.raises(
+        nms.FormatError, match="state_dict of a checkpoint must hold tensors only, got b of type"
+    ):
+        from_peer({"state_dict": {"w": torch.zeros(1), "b": 3}})
     with pytest.raises(FileNotFoundError):
         detect_format(tmp_path / "gone.pt")
     with pytest.raises(TypeError, match="source must be"):
@@ -190,8 +203,15 @@ class Counting(nn.Linear):
 
 
 def test_extra_state_of_a_model_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"no tensor: \['0._extra_state'\]"):
-        to_peer(nn.Sequential(Counting(8, 8)), format="dense")
+    model = nn.Sequential(Counting(8, 8))
+    for argument, call in (
+        ("tensors", lambda: to_peer(model, format="dense")),
+        ("source", lambda: from_peer(model)),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{argument} must hold tensors only, got 0\._extra_state of type"
+        ):
+            call()
 
 
 class Evil:

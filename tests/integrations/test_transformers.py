@@ -482,7 +482,8 @@ def test_a_config_that_turns_a_square_weight(tmp_path: Path) -> None:
     ("arguments", "error", "message"),
     [
         ({"scheme": "4:2"}, ValueError, "scheme"),
-        ({"scheme": 2}, TypeError, "scheme|patterns"),
+        ({"scheme": 2}, TypeError, "scheme must be a pattern .* or None, got 2 of type int"),
+        ({"scheme": "2:4", "prune": "yes"}, TypeError, "prune must be True or False, got 'yes'"),
         ({"scheme": "2:4", "skip": "lm_head"}, TypeError, "skip must be a list of names"),
         ({"scheme": {"a": "2:4"}, "skip": ["b"]}, ValueError, "leave names out"),
         ({"prune": True}, ValueError, "which pattern"),
@@ -495,6 +496,27 @@ def test_a_config_that_turns_a_square_weight(tmp_path: Path) -> None:
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         NMSparseConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            {"scheme": "2:4", "patern": "2:4", "bits": 4},
+            r"must have no keys but scheme, prune, .*quant_method, got \['patern', 'bits'\]",
+        ),
+        ({"scheme": "2:4", "version": 2, "news": 1}, "version 2 of nmsparse configs is not known, only 1"),
+    ],
+)
+def test_unknown_keys_of_a_config(entries: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(nms.FormatError, match=message):
+        NMSparseConfig.from_dict({"quant_method": "nmsparse", **entries})
+    saved("bert", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= entries
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(nms.FormatError, match=message):
+        BertModel.from_pretrained(tmp_path)
 
 
 def test_offloading_is_refused(tmp_path: Path) -> None:

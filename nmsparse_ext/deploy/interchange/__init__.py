@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ..._arguments import check_path, check_state
 from ...errors import FormatError
 from ...pattern import Pattern
 from ...scheme import Scheme
@@ -156,16 +157,15 @@ def to_peer(
         raise ValueError(f"format {peer.name!r} can be read only")
     _check_options(peer, options)
     if isinstance(tensors, nn.Module):
+        check_state("tensors", tensors.state_dict(), ValueError)
         model = tensors
         mapping = from_peer(tensors)
     elif isinstance(tensors, Mapping):
+        check_state("tensors", tensors)
         mapping = dict(tensors)
     else:
         raise TypeError(f"tensors must be an nn.Module or a mapping of tensors, got {type(tensors).__name__}")
-    for name, tensor in mapping.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-    path = None if destination is None else os.fspath(destination)
+    path = None if destination is None else check_path("destination", destination)
     return peer.write(Writing(mapping, model, path, options))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
+from ..._arguments import check_state
 from ..._atomic import atomic_write
 from ...errors import FormatError
 from ...weights import canonical_name
@@ -36,9 +37,7 @@ def open_source(source: str | os.PathLike[str] | Mapping[str, Any] | nn.Module) 
     """
     if isinstance(source, nn.Module):
         state = source.state_dict(keep_vars=True)
-        strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
-        if strange:
-            raise ValueError(f"source has extra state that is no tensor: {brief(strange)}")
+        check_state("source", state, ValueError)
         tensors = {name: t.detach() for name, t in state.items()}
         # torch.ao.pruning keeps the masks of its parametrizations out of state dicts.
         tensors |= {
@@ -94,21 +93,16 @@ def _state_dict(checkpoint: Any) -> tuple[dict[str, Any], frozenset[str]]:
     for key in STATE_DICTS:
         inner = checkpoint.get(key)
         if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
-            _check_names(inner)
+            check_state(f"{key} of a checkpoint", inner, FormatError)
             return dict(inner), frozenset(str(name) for name in checkpoint if name != key)
-    _check_names(checkpoint)
     strange = [name for name, value in checkpoint.items() if not isinstance(value, Tensor)]
     if strange:
         raise FormatError(
             f"neither a state dict nor a checkpoint with one under {', '.join(STATE_DICTS)}: "
             f"{brief(strange)} are no tensors"
         )
+    check_state("a state dict", checkpoint, FormatError)
     return dict(checkpoint), frozenset()
-
-
-def _check_names(state: Mapping[Any, Any]) -> None:
-    if not all(isinstance(name, str) for name in state):
-        raise FormatError(f"a state dict must have names, got {brief(list(state))}")
 
 
 def _masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
