@@ -47,6 +47,7 @@ inline pybind11::dict as_dict(const DeviceStatistics& s) {
   pybind11::dict d;
   d["device"] = s.device, d["plans"] = s.plans, d["hits"] = s.hits, d["misses"] = s.misses;
   d["evictions"] = s.evictions, d["streams"] = s.streams, d["workspace_bytes"] = s.workspace_bytes;
+  d["bias_copies"] = s.bias_copies;
   return d;
 }
 
@@ -89,7 +90,7 @@ inline void bind(pybind11::module_& m) {
           for (const DeviceStatistics& s : ready->statistics()) all.push_back(as_dict(s));
         return all;
       },
-      "Plans, hits, misses, evictions and workspaces, a dict for each device that was used.");
+      "Plans, hits, misses, evictions, workspaces and copied biases, a dict for each device that was used.");
   m.def(
       "cusparselt_clear",
       [](int device) {

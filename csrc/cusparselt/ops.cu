@@ -128,14 +128,12 @@ Tensor lt_matmul_cuda(const Tensor& x, const Tensor& blob, const std::optional<T
   p.out = out_type(out);
   p.activation = activation_named(activation);
   p.choice = {static_cast<int>(algorithm), static_cast<int>(split_k), static_cast<int>(split_k_mode)};
-  std::optional<Tensor> aligned_bias;  // where the given one, a view, is not
   if (bias) {
     check_same_device(x, *bias, "x and bias");
     NMS_CHECK(bias->dim() == 1 && bias->size(0) == rows && bias->is_contiguous() &&
                   bias->scalar_type() == scalar_type(lt::bias_type(p)),
               "bias must be contiguous [", rows, "], float32 for int8 weights, else of y's dtype (float16 for float8)");
-    if (!is_aligned(bias->const_data_ptr())) aligned_bias = torch::stable::clone(*bias);
-    p.bias = (aligned_bias ? *aligned_bias : *bias).const_data_ptr();
+    p.bias = bias->const_data_ptr();
   }
   if (scales) {
     check_same_device(x, *scales, "x and scales");
@@ -159,6 +157,18 @@ Tensor lt_matmul_cuda(const Tensor& x, const Tensor& blob, const std::optional<T
   }
   return given == p.tokens ? y : torch::stable::narrow(y, x.dim() - 2, 0, given);
 }
+
+void copy_on(void* stream, void* to, const void* from, size_t bytes) {
+  STD_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)));
+}
+
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  STD_CUDA_CHECK(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+[[maybe_unused]] const bool stream_calls_are_set = (lt::set_stream_calls({copy_on, is_capturing}), true);
 
 }  // namespace
 

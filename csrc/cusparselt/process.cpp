@@ -25,6 +25,11 @@ class TorchMemory : public Memory {
     blocks_.erase(block);
   }
 
+  void copy(void* stream, void* to, const void* from, size_t bytes) override { calls.copy(stream, to, from, bytes); }
+  bool is_capturing(void* stream) override { return calls.is_capturing(stream); }
+
+  StreamCalls calls;
+
  private:
   std::mutex mutex_;
   std::unordered_map<void*, Tensor> blocks_;
@@ -55,6 +60,8 @@ Opened open(const std::vector<std::string>& paths) {
   if (!p.loaded.api) return {false, {}, "", p.loaded.reason};
   return {true, p.loaded.api->version, p.loaded.api->path, ""};
 }
+
+void set_stream_calls(const StreamCalls& calls) { process().memory.calls = calls; }
 
 Engine* engine_if_any() {
   Process& p = process();

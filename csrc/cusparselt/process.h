@@ -19,6 +19,13 @@ struct Opened {
 // Loads the library if none is loaded yet; without paths from where torch's own lies.
 Opened open(const std::vector<std::string>& paths = {});
 
+// What of CUDA's runtime the engine calls. Set by ops.cu, which a CPU build leaves out: nothing is multiplied there.
+struct StreamCalls {
+  void (*copy)(void* stream, void* to, const void* from, size_t bytes) = nullptr;
+  bool (*is_capturing)(void* stream) = nullptr;
+};
+void set_stream_calls(const StreamCalls& calls);
+
 // The engine of the loaded library. Opens it if need be; throws std::runtime_error with the reason when there is none.
 Engine& engine();
 

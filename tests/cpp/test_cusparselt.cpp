@@ -1,6 +1,7 @@
 // cuSPARSELt's host side against a fake of the library that records every call: results, plan cache, handles,
 // workspaces, leaks, errors, threads.
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <random>
 #include <string>
@@ -33,9 +34,11 @@ class HostMemory : public Memory {
     --out;
     ::operator delete(block, std::align_val_t(256));
   }
+  void copy(void*, void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+  bool is_capturing(void*) override { return capturing; }
 
   int allocations = 0, out = 0;
-  bool refuse = false;
+  bool refuse = false, capturing = false;
 
  private:
   std::mutex mutex_;
@@ -233,20 +236,111 @@ void test_eviction_destroys_the_least_recently_used() {
   CHECK_EQ(engine.plan_limit(), 1u);
 }
 
-void test_bias_and_algorithm_have_plans_of_their_own() {
+void test_an_algorithm_has_a_plan_of_its_own() {
+  Fixture f;
+  Engine engine(f.api, f.memory);
+  f.run(engine, 8);
+  f.run(engine, 8, 0, nullptr, nullptr, {3, 2, 1});
+  CHECK_EQ(engine.statistics().at(0).misses, 2);
+  CHECK_EQ(engine.algorithms(0, float_problem(16, 16, 8)), 5);
+}
+
+// Parameters: every call finds them where they were.
+void test_a_bias_that_stays_gets_a_plan_of_its_own() {
   Fixture f;
   Engine engine(f.api, f.memory);
   Aligned<float> a(16), b(16);
   std::fill_n(a.data, 16, 1.0f), std::fill_n(b.data, 16, 2.0f);
+  for (int i = 0; i < 10; ++i) {
+    f.run(engine, 8, 0, nullptr, a.data);
+    CHECK_EQ(f.y.data[0], 17.0f);
+    f.run(engine, 8, 0, nullptr, b.data);
+    CHECK_EQ(f.y.data[0], 18.0f);
+  }
+  const DeviceStatistics s = engine.statistics().at(0);
+  CHECK_EQ(s.plans, 3);  // theirs, and the one that both shared before
+  CHECK_EQ(s.misses, 3);
+  CHECK_EQ(s.hits, 17);
+  CHECK_EQ(s.bias_copies, 2);
+  a.data[0] = 5;  // what is there counts, not what was there
   f.run(engine, 8, 0, nullptr, a.data);
-  CHECK_EQ(f.y.data[0], 17.0f);
-  f.run(engine, 8, 0, nullptr, b.data);
-  CHECK_EQ(f.y.data[0], 18.0f);
+  CHECK_EQ(f.y.data[0], 21.0f);
+  const int before = fake::all_calls();
   f.run(engine, 8, 0, nullptr, a.data);
-  CHECK_EQ(f.y.data[0], 17.0f);
-  f.run(engine, 8, 0, nullptr, nullptr, {3, 2, 1});
+  CHECK_EQ(fake::all_calls() - before, 1);
+}
+
+// Autocast: a cast bias is somewhere else in every call.
+void test_a_hundred_addresses_of_a_bias_make_one_plan() {
+  Fixture f;
+  {
+    Engine engine(f.api, f.memory);
+    Aligned<float> cast(100 * 16);
+    for (int i = 0; i < 100 * 16; ++i) cast.data[i] = static_cast<float>(i / 16);
+    for (int i = 0; i < 100; ++i) {
+      f.run(engine, 8, 0, nullptr, cast.data + 16 * i);
+      CHECK_EQ(f.y.data[0], 16.0f + i);
+      CHECK_EQ(f.y.data[16 * 8 - 1], 16.0f + i);
+    }
+    CHECK_EQ(fake::calls("MatmulPlanInit"), 1);
+    CHECK_EQ(fake::calls("Matmul"), 100);
+    const DeviceStatistics s = engine.statistics().at(0);
+    CHECK_EQ(s.plans, 1);
+    CHECK_EQ(s.bias_copies, 100);
+    CHECK_EQ(f.memory.allocations, 2);  // the workspace, and where biases are copied to
+    CHECK_EQ(s.workspace_bytes, 2 * 65536);
+
+    // One that begins at no multiple of 16 bytes is copied in every call.
+    for (int i = 0; i < 3; ++i) f.run(engine, 8, 0, nullptr, cast.data + 17);
+    CHECK_EQ(f.y.data[0], 17.0f);
+    CHECK_EQ(f.y.data[15], 18.0f);
+    CHECK_EQ(fake::calls("MatmulPlanInit"), 1);
+
+    // Other products on the stream share the place, but no plan; other streams have a place of their own.
+    f.run(engine, 16, 0, nullptr, cast.data + 32);
+    CHECK_EQ(f.y.data[0], 18.0f);
+    CHECK_EQ(f.memory.allocations, 2);
+    f.run(engine, 8, 0, stream(1), cast.data + 49);
+    CHECK_EQ(f.y.data[0], 19.0f);
+    CHECK_EQ(f.memory.allocations, 4);
+    CHECK_EQ(fake::calls("MatmulPlanInit"), 3);
+    engine.clear(0);
+    CHECK_EQ(f.memory.out, 0);
+    f.run(engine, 8, 0, nullptr, cast.data + 64);
+    CHECK_EQ(f.y.data[0], 20.0f);
+  }
+  CHECK_EQ(fake::alive(), 0u);
+  CHECK_EQ(f.memory.out, 0);
+}
+
+// No plan goes for an address that may never come back, and none is made for one while a graph is captured.
+void test_when_no_bias_gets_a_plan_of_its_own() {
+  Fixture f;
+  Engine engine(f.api, f.memory);
+  engine.set_plan_limit(2);
+  Aligned<float> bias(16);
+  std::fill_n(bias.data, 16, 1.0f);
+  for (const int64_t tokens : {8, 16}) f.run(engine, tokens, 0, nullptr, bias.data);
+  for (int i = 0; i < 5; ++i) f.run(engine, 8, 0, nullptr, bias.data);
+  CHECK_EQ(engine.statistics().at(0).misses, 2);
+  CHECK_EQ(engine.statistics().at(0).evictions, 0);
+  engine.set_plan_limit(9);
+  f.memory.capturing = true;
+  f.run(engine, 8, 0, nullptr, bias.data);
+  CHECK_EQ(engine.statistics().at(0).misses, 2);
+  f.memory.capturing = false;
+  f.run(engine, 8, 0, nullptr, bias.data);
   CHECK_EQ(engine.statistics().at(0).misses, 3);
-  CHECK_EQ(engine.algorithms(0, float_problem(16, 16, 8)), 5);
+  CHECK_EQ(f.y.data[0], 17.0f);
+}
+
+void test_wide_biases_of_other_types() {
+  Problem p;
+  p.type = DType::kInt8, p.out = OutType::kInt8;
+  CHECK_EQ(element_bytes(bias_type(p)), 4);
+  p.type = DType::kFloat8E4M3, p.out = OutType::kFloat8E4M3;
+  CHECK_EQ(element_bytes(bias_type(p)), 2);
+  CHECK_EQ(element_bytes(CudaType::kR8I) + element_bytes(CudaType::kR8FE4M3) + element_bytes(CudaType::kR32I), 6);
 }
 
 void test_a_device_has_one_handle() {
@@ -430,7 +524,6 @@ void test_what_the_library_cannot_do_is_refused_in_words() {
   CHECK(has(error_of([&] { misaligned(0); }), "the compressed weight must begin at a multiple of 16 bytes"));
   CHECK(has(error_of([&] { misaligned(1); }), "x must begin"));
   CHECK(has(error_of([&] { misaligned(2); }), "y must begin"));
-  CHECK(has(error_of([&] { f.run(engine, 8, 0, nullptr, f.x.data + 1); }), "bias must begin"));
   CHECK(has(error_of([&] { engine.compress(0, nullptr, weight_of(p), f.w.data + 1, f.y.data); }), "the weight must"));
   CHECK(has(error_of([&] { engine.set_plan_limit(0); }), "at least one plan"));
 }
@@ -453,7 +546,7 @@ void test_types() {
   CHECK_EQ(element_bytes(DType::kFloat32) + element_bytes(DType::kBFloat16) + element_bytes(DType::kInt8), 7);
 }
 
-// Eight threads, two devices, four streams, more shapes than plans may stay: the fake ends the program if two of them
+// Eight threads, two devices, eight streams, more shapes than plans may stay: the fake ends the program if two of them
 // are inside the library on one device at once.
 void test_threads() {
   Fixture f;
@@ -465,12 +558,15 @@ void test_threads() {
       threads.emplace_back([&, t] {
         fake::current_device = t % 2;
         Aligned<float> y(64 * 16);
+        Aligned<float> bias(16 * 16);
+        for (int i = 0; i < 16 * 16; ++i) bias.data[i] = static_cast<float>(t);
         std::mt19937 random(t);
         for (int i = 0; i < 300; ++i) {
-          const Problem p = float_problem(16, 16, 4 * (1 + random() % 8));
+          Problem p = float_problem(16, 16, 4 * (1 + random() % 8));
+          if (t >= 4) p.bias = bias.data + random() % 200;
           const float alpha = 1;
-          engine.matmul(t % 2, stream(t % 4), p, &alpha, f.w.data, f.x.data, y.data);
-          CHECK_EQ(y.data[p.tokens * 16 - 1], 16.0f);
+          engine.matmul(t % 2, stream(t), p, &alpha, f.w.data, f.x.data, y.data);
+          CHECK_EQ(y.data[p.tokens * 16 - 1], 16.0f + (p.bias ? t : 0));
           if (i % 50 == 0) engine.statistics();
         }
       });
@@ -482,7 +578,7 @@ void test_threads() {
       seen += s.hits + s.misses;
       CHECK_EQ(s.plans, 4);
       CHECK_EQ(s.misses - s.evictions, 4);
-      CHECK_EQ(s.streams, 2);
+      CHECK_EQ(s.streams, 4);
     }
     CHECK_EQ(seen, 2400);
   }
@@ -498,7 +594,11 @@ int main() {
   test_a_hit_is_one_call_of_the_library();
   test_whatever_matters_is_in_the_key();
   test_eviction_destroys_the_least_recently_used();
-  test_bias_and_algorithm_have_plans_of_their_own();
+  test_an_algorithm_has_a_plan_of_its_own();
+  test_a_bias_that_stays_gets_a_plan_of_its_own();
+  test_a_hundred_addresses_of_a_bias_make_one_plan();
+  test_when_no_bias_gets_a_plan_of_its_own();
+  test_wide_biases_of_other_types();
   test_a_device_has_one_handle();
   test_a_stream_has_one_workspace();
   test_every_call_that_fails_says_so_and_leaks_nothing();

@@ -118,6 +118,32 @@ def test_a_call_that_was_made_before_plans_and_allocates_nothing() -> None:
     assert after["workspace_bytes"] == before["workspace_bytes"]
 
 
+def test_biases_that_move_share_a_plan() -> None:
+    """A bias that autocast casts anew lies somewhere else in every call."""
+    device, w = torch.cuda.current_device(), weight(96, 128, dtype=torch.float16)
+    packed, x = cusparselt.pack(w.cuda()), integers(40, 128, dtype=torch.float16).cuda()
+    biases = [
+        integers(97, dtype=torch.float16).cuda() for _ in range(100)
+    ]  # all alive: none lies where one was
+
+    def counts() -> dict[str, int]:
+        return next(one for one in cusparselt.statistics() if one["device"] == device)
+
+    cusparselt.linear(x, packed)
+    before, expected = counts(), x.double() @ w.cuda().to_dense().double().T
+    for bias in biases:
+        assert torch.equal(cusparselt.linear(x, packed, bias[:96]).double(), expected + bias[:96].double())
+    for bias in biases:  # at no multiple of 16 bytes
+        assert torch.equal(cusparselt.linear(x, packed, bias[1:]).double(), expected + bias[1:].double())
+    after = counts()
+    assert after["misses"] - before["misses"] == 1
+    assert after["bias_copies"] - before["bias_copies"] == 200
+    for _ in range(3):
+        assert torch.equal(cusparselt.linear(x, packed, biases[0][:96]).double(), expected + biases[0][:96])
+    assert counts()["misses"] - after["misses"] == 1  # one that stays has a plan of its own
+    assert counts()["bias_copies"] == after["bias_copies"]
+
+
 def test_graph_capture() -> None:
     packed = cusparselt.pack(weight(64, 128, dtype=torch.float16).cuda())
     x = integers(64, 128, dtype=torch.float16).cuda()

@@ -3,6 +3,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <unordered_set>
 
 #include "error.h"
 #include "handle.h"
@@ -10,11 +11,16 @@
 namespace nms::lt {
 namespace {
 
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0; }
+
 void check_aligned(const void* pointer, const char* name) {
-  if (reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0)
+  if (!is_aligned(pointer))
     throw Error(kInvalidValue, std::string("cuSPARSELt: ") + name + " must begin at a multiple of " +
                                    std::to_string(kAlignment) + " bytes");
 }
+
+// The products that are remembered for having been called with one bias; a collision makes a plan a call early.
+constexpr size_t kMostSeen = 4096;
 
 }  // namespace
 
@@ -23,7 +29,9 @@ struct Engine::Device {
   std::mutex mutex;
   std::optional<Handle> handle;
   PlanCache plans;
-  std::map<void*, Workspace> workspaces;
+  std::map<void*, Workspace> workspaces, biases;  // of each stream
+  std::unordered_set<size_t> seen;                // hashes of products with a bias
+  int64_t bias_copies = 0;
 
   const Opaque* ready(const Api& api, int device) {
     if (!handle) handle.emplace(api, device);
@@ -32,6 +40,29 @@ struct Engine::Device {
 
   void* workspace(Memory& memory, int device, void* stream, size_t bytes) {
     return workspaces.try_emplace(stream, memory).first->second.at_least(device, stream, bytes);
+  }
+
+  bool seen_before(const Problem& problem) {
+    if (seen.size() >= kMostSeen) seen.clear();
+    return !seen.insert(ProblemHash{}(problem)).second;
+  }
+
+  // The plan of a product with a bias, which lies where the plan reads it once this has returned. Work on one stream is
+  // done in turn, and the lock is held until the product is launched: no bias is overwritten before it was read.
+  const Plan& plan_with_bias(const Api& api, Memory& memory, int device, void* stream, const Problem& problem,
+                             size_t limit) {
+    if (is_aligned(problem.bias)) {
+      if (const Plan* own = plans.find(problem)) return *own;
+      if (seen_before(problem) && plans.size() < limit && !memory.is_capturing(stream))
+        return plans.get(api, handle->get(), problem, limit);
+    }
+    const size_t bytes = static_cast<size_t>(problem.rows) * element_bytes(bias_type(problem));
+    Problem moved = problem;
+    moved.bias = biases.try_emplace(stream, memory).first->second.at_least(device, stream, bytes);
+    const Plan& shared = plans.get(api, handle->get(), moved, limit);
+    memory.copy(stream, const_cast<void*>(moved.bias), problem.bias, bytes);
+    ++bias_copies;
+    return shared;
   }
 };
 
@@ -75,12 +106,12 @@ void Engine::matmul(int device, void* stream, const Problem& problem, const void
   check_aligned(blob, "the compressed weight");
   check_aligned(x, "x");
   check_aligned(y, "y");
-  check_aligned(problem.bias, "bias");
   const size_t limit = plan_limit();
   Device& on = at(device);
   const std::lock_guard lock(on.mutex);
   const Opaque* handle = on.ready(api_, device);
-  const Plan& plan = on.plans.get(api_, handle, problem, limit);
+  const Plan& plan = problem.bias ? on.plan_with_bias(api_, memory_, device, stream, problem, limit)
+                                  : on.plans.get(api_, handle, problem, limit);
   void* workspace = on.workspace(memory_, device, stream, plan.workspace_bytes());
   // beta is 0, so C is never read; the library wants a valid pointer all the same.
   const float beta = 0;
@@ -112,6 +143,8 @@ void Engine::clear(int device) {
   const std::lock_guard lock(on.mutex);
   on.plans.clear();
   on.workspaces.clear();
+  on.biases.clear();
+  on.seen.clear();
   on.handle.reset();
 }
 
@@ -128,8 +161,9 @@ std::vector<DeviceStatistics> Engine::statistics() {
     one.misses = counts.misses;
     one.evictions = counts.evictions;
     one.streams = static_cast<int64_t>(device->workspaces.size());
-    for (const auto& [stream, workspace] : device->workspaces)
-      one.workspace_bytes += static_cast<int64_t>(workspace.total_bytes());
+    one.bias_copies = device->bias_copies;
+    for (const auto* blocks : {&device->workspaces, &device->biases})
+      for (const auto& [stream, block] : *blocks) one.workspace_bytes += static_cast<int64_t>(block.total_bytes());
   }
   return all;
 }

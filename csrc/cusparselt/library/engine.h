@@ -26,7 +26,8 @@ struct DeviceStatistics {
   int64_t plans = 0;  // alive now
   int64_t hits = 0, misses = 0, evictions = 0;
   int64_t streams = 0;          // that have a workspace
-  int64_t workspace_bytes = 0;  // of all of them
+  int64_t workspace_bytes = 0;  // of all of them, with what biases are copied to
+  int64_t bias_copies = 0;      // products whose bias was copied to where a plan reads it
 };
 
 class Engine {
@@ -48,6 +49,11 @@ class Engine {
 
   // y = activation(alpha * x W^T + bias). alpha: one float on the host, or float32[rows] on the device if
   // problem.scales. Launched on the stream.
+  //
+  // A plan holds the address of its bias. One that is there in every call, a parameter, gets a plan of its own when it
+  // is seen for the second time, as long as no other plan has to make room. Any other bias, such as one that autocast
+  // casts anew in each call, is copied to a place that belongs to the stream, which all such products on it share. So
+  // plans do not grow in number with addresses, and no plan is made for an address while a graph is captured.
   void matmul(int device, void* stream, const Problem& problem, const void* alpha, const void* blob, const void* x,
               void* y);
 

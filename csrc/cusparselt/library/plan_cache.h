@@ -16,14 +16,19 @@ class PlanCache {
     int64_t hits = 0, misses = 0, evictions = 0;
   };
 
+  // The plan of this problem if there is one.
+  Plan* find(const Problem& problem) {
+    const auto found = places_.find(problem);
+    if (found == places_.end()) return nullptr;
+    ++counts_.hits;
+    plans_.splice(plans_.begin(), plans_, found->second);
+    return &found->second->plan;
+  }
+
   // The plan of this problem, made if it is new; at most `limit` plans stay. Throws what Plan throws, and nothing has
   // changed then.
   Plan& get(const Api& api, const Opaque* handle, const Problem& problem, size_t limit) {
-    if (const auto found = places_.find(problem); found != places_.end()) {
-      ++counts_.hits;
-      plans_.splice(plans_.begin(), plans_, found->second);
-      return found->second->plan;
-    }
+    if (Plan* known = find(problem)) return *known;
     ++counts_.misses;
     plans_.emplace_front(api, handle, problem);
     try {

@@ -70,6 +70,19 @@ int element_bytes(DType type) {
   return type == DType::kFloat32 ? 4 : type == DType::kFloat64 ? 8 : 2;
 }
 
+int element_bytes(CudaType type) {
+  switch (type) {
+    case CudaType::kR32F:
+    case CudaType::kR32I:
+      return 4;
+    case CudaType::kR8I:
+    case CudaType::kR8FE4M3:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
 CudaType cuda_type(DType type) {
   switch (type) {
     case DType::kFloat32:

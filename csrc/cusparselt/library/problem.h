@@ -42,7 +42,7 @@ struct Problem {
   XLayout x_layout = XLayout::kTokenRows;
   Activation activation = Activation::kNone;
   bool scales = false;         // alpha is a device vector float32[rows] and not one number
-  const void* bias = nullptr;  // device; [rows], stored as bias_type(). The plan keeps the pointer.
+  const void* bias = nullptr;  // device; [rows], stored as bias_type(). A plan keeps the pointer.
   Choice choice;
 
   bool operator==(const Problem&) const = default;
@@ -59,6 +59,7 @@ struct Multiples {
 Multiples multiples_of(DType type);
 
 int element_bytes(DType type);
+int element_bytes(CudaType type);
 CudaType cuda_type(DType type);
 CudaType cuda_type(OutType out);
 CudaType bias_type(const Problem& problem);  // float32 for int8, else y's type (float16 where y is float8)

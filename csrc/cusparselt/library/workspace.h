@@ -11,13 +11,17 @@
 
 namespace nms::lt {
 
-// Device memory, as whoever owns the device gives it out.
+// Device memory, as whoever owns the device gives it out, and the one thing we do to it ourselves.
 class Memory {
  public:
   virtual ~Memory() = default;
   // At least `bytes` on `device`, aligned to 256 bytes, for work on `stream`. Throws when there is none.
   virtual void* allocate(int device, void* stream, size_t bytes) = 0;
   virtual void release(void* block) noexcept = 0;
+  // Copies device memory, as work on the stream. Throws when it cannot be launched.
+  virtual void copy(void* stream, void* to, const void* from, size_t bytes) = 0;
+  // Whether work on the stream is being recorded as a CUDA graph.
+  virtual bool is_capturing(void* stream) = 0;
 };
 
 class Workspace {
