@@ -106,3 +106,29 @@ def test_pruning_and_packing_at_once(dtype: torch.dtype) -> None:
 def test_wrong_arguments(w: Tensor, layout: str, words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
         torch.ops.nmsparse.lt_prune_pack(w, layout)
+
+
+# ------------------------------------------------------------------------- both ways of a transposable mask
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", CANDIDATES)
+def test_both_ways_in_one_pass(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each blob is one of the very weight: with as many nonzeros as are kept there is no other choice."""
+    monkeypatch.setattr(cusparselt, "_our_layout", lambda like, rows, k: layout)
+    w = torch.randn(256, 384).to(dtype)
+    w = torch.where(nms.transposable_mask(w), w, 0)
+    both = cusparselt.compress_both_ways(w)
+    assert both is not None
+    for blob, dense in zip(both, (w, w.T.contiguous()), strict=True):
+        assert torch.equal(blob, reference.lt_prune_pack(dense, layout))
+
+
+def test_when_both_ways_are_packed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = torch.zeros(128, 256, dtype=torch.float16)
+    assert cusparselt.compress_both_ways(w) is None  # on the CPU there is no layout
+    monkeypatch.setattr(cusparselt, "_our_layout", lambda like, rows, k: "sm80" if rows == 128 else None)
+    assert cusparselt.compress_both_ways(w) is None  # only one way
+    monkeypatch.setattr(cusparselt, "_our_layout", lambda like, rows, k: "cutlass")
+    assert cusparselt.compress_both_ways(w) is not None
+    assert cusparselt.compress_both_ways(w.float()) is None  # 1:2

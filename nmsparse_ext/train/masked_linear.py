@@ -5,7 +5,9 @@ The op ``nmsparse::masked_linear(x, weight, bias, min_tokens)`` is ``F.linear(x,
 written to since, the product runs through cuSPARSELt on a packed copy of the weight, which is made at the
 first product after the change and kept until the next. So gradient accumulation and activation checkpointing
 pack once a step. With a transposable mask the gradient of the input runs there too, on the packed transposed
-weight; the gradient of the weight is a dense product, as it has to be.
+weight; where our own packer writes the library's bytes, one pass packs both ways
+(`cusparselt.compress_both_ways`), elsewhere the transpose is packed from a copy. The gradient of the weight
+is a dense product, as it has to be.
 
 Whoever vouches says that the weight as it stands has the pattern: a `Sparsifier` does after each step. Writes
 are told by the version counter, which ``.data`` goes around. So do replays of a CUDA graph: a weight whose
@@ -112,17 +114,22 @@ def _packed(weight: Tensor, dtype: torch.dtype, transposed: bool) -> LtWeight | 
         return None
     rows, k = weight.shape[::-1] if transposed else weight.shape
 
-    def pack() -> Tensor:
-        dense = weight.detach().to(dtype)
-        return cusparselt.compress((dense.T if transposed else dense).contiguous())
-
+    dense = weight.detach()
     if vouched.replayed or _is_capturing(weight):  # as part of the graph, so that replays see later weights
-        return LtWeight(pack(), rows, k, dtype)
+        dense = dense.to(dtype)
+        return LtWeight(cusparselt.compress((dense.T if transposed else dense).contiguous()), rows, k, dtype)
     stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None
-    which = (dtype, transposed, stream)
-    blob = vouched.packed.get(which)
+    blob = vouched.packed.get((dtype, transposed, stream))
     if blob is None:
-        blob = vouched.packed[which] = pack()
+        dense = dense.to(dtype).contiguous()
+        # Who takes the forward product takes the gradient next: in one pass, where that can be.
+        both = cusparselt.compress_both_ways(dense) if vouched.transposable else None
+        if both is not None:
+            vouched.packed[dtype, False, stream], vouched.packed[dtype, True, stream] = both
+            blob = both[transposed]
+        else:
+            blob = cusparselt.compress(dense.T.contiguous() if transposed else dense)
+            vouched.packed[dtype, transposed, stream] = blob
     return LtWeight(blob, rows, k, dtype)
 
 

@@ -115,6 +115,49 @@ def test_training_gives_the_same(transposable: bool, calls: Calls) -> None:
     assert_same_training(mine, other)
 
 
+@pytest.fixture
+def _our_packer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our packer writes "the library's" bytes, which here are of the layout that multiplies on the CPU."""
+    monkeypatch.setattr(cusparselt, "_our_layout", lambda like, rows, k: "portable")
+    compress_on_the_cpu = torch.ops.nmsparse.lt_compress
+
+    def pack(values: Tensor, indices: Tensor, k: int, layout: str) -> Tensor:
+        assert layout == "portable"
+        return torch.cat([values.flatten().view(torch.uint8), indices.flatten()])
+
+    def prune_pack(w: Tensor, layout: str) -> Tensor:
+        return compress_on_the_cpu(w, w.numel() * w.itemsize * 9 // 16)
+
+    monkeypatch.setattr(torch.ops.nmsparse, "lt_pack", pack)
+    monkeypatch.setattr(torch.ops.nmsparse, "lt_prune_pack", prune_pack)
+
+
+@pytest.mark.usefixtures("_our_packer")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_pass_packs_both_ways(dtype: torch.dtype, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_ways, at_once = cusparselt.compress_both_ways, []
+
+    def counted(dense: Tensor) -> tuple[Tensor, Tensor] | None:
+        at_once.append(dense.dtype)
+        return both_ways(dense)
+
+    monkeypatch.setattr(cusparselt, "compress_both_ways", counted)
+    options = {"dtype": dtype, "autocast": dtype == torch.float32}
+    mine, other = (
+        made(network(dtype), accelerate, transposable=True) for accelerate in (ALWAYS, None)
+    )
+    assert_same_training(mine, other, steps=2, accumulate=2, **options)
+    # Two layers, two steps, whatever is accumulated; none is packed one way alone.
+    assert at_once == [torch.bfloat16] * 4
+    assert calls.take() == (0, 12)
+
+
+@pytest.mark.usefixtures("_our_packer")
+def test_without_transposable_masks_one_way_is_packed(calls: Calls) -> None:
+    train(made(network(), ALWAYS), steps=2)
+    assert calls.take() == (4, 4)
+
+
 def test_float32_in_1_2_is_exact(calls: Calls) -> None:
     mine, other = (made(network(torch.float32), accelerate, "1:2") for accelerate in (ALWAYS, None))
     losses = train(mine, dtype=torch.float32)
