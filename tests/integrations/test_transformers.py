@@ -325,7 +325,7 @@ def test_generate_and_lora(tmp_path: Path) -> None:
 
 
 def test_adapters_of_transformers_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``add_adapter``: trains on packed weights; save_pretrained writes only the adapter, load_adapter reads it."""
+    """``add_adapter`` trains on packed weights; only the adapter is saved, and ``load_adapter`` reads it."""
     peft = pytest.importorskip("peft")
     # transformers 5.24 asks for a peft that is not out yet; what it calls is in older ones, too.
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
@@ -334,7 +334,8 @@ def test_adapters_of_transformers_itself(tmp_path: Path, monkeypatch: pytest.Mon
     before = loaded(x).logits
     loaded.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     trained = {name: p for name, p in loaded.named_parameters() if p.requires_grad}
-    assert trained and all(".lora_" in name for name in trained)
+    assert trained
+    assert all(".lora_" in name for name in trained)
     optimizer = torch.optim.SGD(trained.values(), lr=0.5)
     losses = []
     for _ in range(4):
@@ -347,7 +348,8 @@ def test_adapters_of_transformers_itself(tmp_path: Path, monkeypatch: pytest.Mon
 
     loaded.eval().save_pretrained(tmp_path / "adapter")
     names = set(nms.load_file(tmp_path / "adapter/adapter_model.safetensors"))
-    assert len(names) == len(trained) and all(".lora_" in name for name in names)
+    assert len(names) == len(trained)
+    assert all(".lora_" in name for name in names)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     again.load_adapter(str(tmp_path / "adapter"))
     torch.testing.assert_close(again(x).logits, loaded(x).logits)

@@ -61,7 +61,7 @@ def test_convolutions(name: str, pattern: str) -> None:
             error = float((pruned(x) - layer(x)).norm() / (layer(x) - bare).norm())
         assert report[0].error == pytest.approx(error, rel=1e-3)
         errors[criterion] = error
-    # It chooses greedily: of seven in eight weights the first choices can cost more than its updates bring back.
+    # It chooses greedily: of seven in eight weights the first choices can cost more than updates bring back.
     slack = {"2:4": 1.0, "1:8": 1.2}[pattern]
     assert errors["sparsegpt"] < slack * min(errors["wanda"], errors["magnitude"])
 
