@@ -30,7 +30,7 @@ class Case:
     budgets: tuple[dict[str, float], ...]
     criteria: tuple[str, ...]
     example: Callable[[], dict[str, Tensor]]
-    goal: float  # seconds at most, for the magnitude
+    goal: float  # seconds at most, by any criterion
 
 
 def resnet(dry: bool) -> nn.Module:
@@ -98,7 +98,7 @@ def cases(dry: bool) -> list[Case]:
             "Llama, 1B parameters, bfloat16",
             lambda: llama(dry),
             ({"params": 0.125}, {"params": 0.25, "bytes": 0.3}),
-            ("magnitude", "output"),
+            ("magnitude", "taylor", "output"),
             lambda: {"input_ids": torch.randint(100, (1, tokens))},
             60.0,
         ),
@@ -134,8 +134,8 @@ def measure(case: Case, report: Report) -> None:
                 }
             )
             print("  ".join(str(value) for value in report.rows[-1].values()), flush=True)
-            if criterion == "magnitude" and seconds > case.goal:
-                report.missed.append(f"{case.name}: {seconds:.1f} s, goal {case.goal:g} s")
+            if seconds > case.goal:
+                report.missed.append(f"{case.name}, {criterion}: {seconds:.1f} s, goal {case.goal:g} s")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,8 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     report = Report(
         "nms.allocate over n:16 with n a power of two, in wall time. Losses of all candidates: for taylor "
-        "with 2 steps of 4 images, for output with 2 batches of 4 images. Gap: how much less the best scheme "
-        "could lose at most, relative; 0 is proven optimal"
+        "with 2 steps, forward and backward included, for output with 2 batches, each of 4 images or 256 "
+        "tokens. Gap: how much less the best scheme could lose at most, relative; 0 is proven optimal"
     )
     with threads(options.threads):
         for case in cases(options.dry_run):

@@ -21,6 +21,6 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "allocate.json"
     assert bench_allocate.main(["--dry-run", "--threads", "1", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
-    criteria = ["magnitude", "taylor", "output", "magnitude", "output"]
+    criteria = ["magnitude", "taylor", "output"] * 2
     assert [row["criterion"] for row in rows] == [criterion for criterion in criteria for _ in range(2)]
     assert {row["model"] for row in rows} == {"ResNet-50", "Llama, 1B parameters, bfloat16"}

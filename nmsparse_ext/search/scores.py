@@ -2,7 +2,7 @@
 
 Of a group the n largest ``|w|`` are kept, so what ``n:m`` keeps is nested in what ``(n + 1):m`` keeps. With
 the sum of scores of each rank (over all groups) known, the score that ``n:m`` keeps is the sum of the first
-n. No candidate needs a mask.
+n. No candidate needs a mask. Here the score is the square; `Ranking` sums others.
 """
 
 from __future__ import annotations
@@ -17,47 +17,35 @@ from torch import Tensor
 _CHUNK = 1 << 19
 
 
-def rank_sums(weight: Tensor, m: int, *, dim: int, scores: Tensor | None = None) -> Tensor:
-    """Sums a score over the weights of each rank.
+def rank_sums(weight: Tensor, m: int, *, dim: int) -> Tensor:
+    """Sums the squares of the weights of each rank.
 
     Args:
         weight: Float, of any dtype. Its size along ``dim`` is a multiple of ``m``.
         m: The size of a group.
         dim: The dim that groups run along.
-        scores: The score of each weight, ``weight``'s shape; ``None`` for the weight's square.
 
     Returns:
-        float64 [m]: entry r is the sum over all groups of the score of the weight with the (r + 1)-th largest
-        magnitude. Of equal magnitudes the one with the lower index comes first, as in `nm_mask`.
+        float64 [m]: entry r is the sum over all groups of the (r + 1)-th largest square.
 
     Equivalent to:
-        ``order = groups.abs().argsort(-1, descending=True, stable=True)``, then
-        ``scores.gather(-1, order).double().sum(0)`` with both as ``[groups, m]``.
+        ``groups.square().sort(-1, descending=True).values.double().sum(0)`` with groups ``[groups, m]``.
     """
-    rows = _groups(weight.detach(), m, dim)
+    rows = groups_of(weight.detach(), m, dim)
     sums = torch.zeros(m, dtype=torch.float64, device=weight.device)
-    if scores is None:
-        for chunk in rows.split(max(1, _CHUNK // m)):
-            sums += _sorted_squares(chunk)
-        return sums
-    for chunk, score in zip(
-        rows.split(max(1, _CHUNK // m)),
-        _groups(scores, m, dim).split(max(1, _CHUNK // m)),
-        strict=True,
-    ):
-        order = torch.argsort(chunk.abs(), stable=True, dim=-1, descending=True)
-        sums += score.gather(-1, order).sum(0, dtype=torch.float64)
+    for chunk in rows.split(max(1, _CHUNK // m)):
+        sums += _sorted_squares(chunk)
     return sums
 
 
 def lost_scores(sums: Tensor) -> list[float]:
-    """``[lost with n = 1, ..., lost with n = m]`` from `rank_sums`; the last one is 0."""
+    """``[lost with n = 1, ..., lost with n = m]`` from sums by rank; the last one is 0."""
     # Summed from the small end: what is lost with a large n must not drown in what is kept.
     tail = sums.flip(0).cumsum(0).flip(0).tolist()
     return [*tail[1:], 0.0]
 
 
-def _groups(tensor: Tensor, m: int, dim: int) -> Tensor:
+def groups_of(tensor: Tensor, m: int, dim: int) -> Tensor:
     """``[groups, m]``, in the order of memory as far as possible."""
     return tensor.movedim(dim, -1).reshape(-1, m)
 
@@ -68,7 +56,7 @@ def _sorted_squares(groups: Tensor) -> Tensor:
     # A sorting network over m columns of G squares each, so that every comparison is one pass of SIMD.
     columns = list(wide.t().square().contiguous().unbind(0))
     spare = torch.empty_like(columns[0])
-    for high, low in _network(len(columns)):
+    for high, low in sorting_network(len(columns)):
         torch.maximum(columns[high], columns[low], out=spare)
         torch.minimum(columns[high], columns[low], out=columns[low])
         columns[high], spare = spare, columns[high]
@@ -76,7 +64,7 @@ def _sorted_squares(groups: Tensor) -> Tensor:
 
 
 @cache
-def _network(n: int) -> tuple[tuple[int, int], ...]:
+def sorting_network(n: int) -> tuple[tuple[int, int], ...]:
     """Batcher's odd-even mergesort for any n: pairs (high, low) to compare, in this order."""
     return tuple(_comparators(n))
 

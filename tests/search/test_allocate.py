@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 import nmsparse_ext as nms
 from nmsparse_ext.search import Costs, find_candidates
+from nmsparse_ext.search.criteria import visit_gradients
 
 pytest.importorskip("scipy")
 
@@ -149,6 +151,64 @@ def test_taylor_equals_its_definition():
             pruned = ~nms.nm_mask(layer.weight.detach(), pattern)
             assert loss == pytest.approx(float(scores[pruned].sum()), rel=1e-4, abs=1e-12)
     assert all(layer.weight.grad is None and layer.weight.requires_grad for layer in model)
+
+
+def test_taylor_is_allocated_for_several_m():
+    model = mlp()
+    x = torch.randn(8, 16)
+    grads = torch.autograd.grad(model(x).square().mean(), [layer.weight for layer in model])
+    patterns = ["4:4", "2:4", "1:8", "3:16"]
+    result = nms.allocate(
+        model, {"params": 0.4}, candidates=patterns, criterion="taylor", steps=1,
+        step=lambda model: model(x).square().mean(),
+    )  # fmt: skip
+    for i, layer in enumerate(model):
+        scores = (layer.weight * grads[i]).detach().double().square()
+        for pattern, loss in result.losses[f"{i}.weight"].items():
+            pruned = ~nms.nm_mask(layer.weight.detach(), pattern)
+            assert loss == pytest.approx(float(scores[pruned].sum()), rel=1e-4, abs=1e-12)
+
+
+def test_taylor_lets_gradients_go_and_leaves_the_model_alone():
+    """Each is visited in the backward pass, with what all uses of a tied weight add to it, and not kept."""
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    model[3].weight = model[0].weight
+    model[1].weight.grad = kept = torch.randn(16, 16)
+    model[2].weight.requires_grad_(False)
+    weights = find_candidates(model).weights
+    alive: list[weakref.ref] = []
+    seen: dict[str, torch.Tensor] = {}
+    most = 0
+
+    def visit(name, gradient):
+        nonlocal most
+        seen[name] = gradient.clone()
+        alive.append(weakref.ref(gradient))
+        most = max(most, sum(ref() is not None for ref in alive))
+
+    x = torch.randn(8, 16)
+    visit_gradients(model, weights, lambda model: model(x).square().mean(), 1, visit)
+    assert set(seen) == set(weights)
+    assert most == 1  # one at a time
+    model[2].weight.requires_grad_(True)
+    expected = torch.autograd.grad(model(x).square().mean(), [w.parameter for w in weights.values()])
+    for name, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(seen[name], gradient)
+    assert model[1].weight.grad is kept
+    assert model[0].weight.grad is None
+    # Nothing stays behind that would visit the gradients of the training to come.
+    seen.clear()
+    model(x).sum().backward()
+    assert not seen
+
+
+def test_taylor_counts_gradients_that_are_not_finite():
+    def step(model):
+        loss = model(torch.ones(1, 16)).sum()
+        return loss + (model[1].weight[0, 0] - model[1].weight[0, 0].detach()).abs().sqrt()
+
+    with pytest.raises(ValueError, match=r"1\.weight has NaN or infinite"):
+        nms.allocate(mlp(), {"params": 0.5}, criterion="taylor", step=step, steps=1)
 
 
 def test_taylor_on_frozen_weights():
