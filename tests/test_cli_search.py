@@ -113,6 +113,28 @@ def test_candidates_and_skip(here):
     assert found["stays_dense"]["0.weight"] == "skipped by '0'"
 
 
+def test_constraints(here):
+    arguments = ("search", "own_models:net", "--budget", "params=0.3", "--json")
+    limits = ("--at-least", "0=4:16", "--allow", "2=1:4,2:16", "--allow", "*=8:16,4:16")
+    code, out, err = run(*arguments, *limits)
+    assert (code, err) == (0, "")
+    found = json.loads(out)["scheme"]
+    assert found["0.weight"] == "4:16"
+    assert found["2.weight"] in ("1:4", "2:16")
+    scheme = json.loads(run(*arguments[:3], "params=0.6", "--layers", "2", "--json")[1])["scheme"]
+    assert set(scheme) == {"2.weight"}
+    code, out, _ = run(*arguments[:3], "params=0.5", "--embeds-in-24", "--json")
+    assert code == 0
+    assert set(json.loads(out)["scheme"].values()) == {"2:4"}
+    for option in (("--at-least", "4:16"), ("--allow", "0=")):
+        code, _, err = run(*arguments, *option)
+        assert code == 2
+        assert f"{option[0]} must look like GLOB=n:m" in err
+    code, _, err = run(*arguments, "--at-least", "nothing=4:16")
+    assert code == 2
+    assert "at_least: 'nothing' matches nothing" in err
+
+
 def test_latency(here, monkeypatch):
     monkeypatch.setenv("NMSPARSE_CACHE", str(here))
     code, out, _ = run("search", "own_models:with_input", "--budget", "latency=1.0", "--json")
@@ -156,6 +178,34 @@ def test_transformers_folder(here):
     code, out, _ = run("search", "llama", "--budget", "params=0.25,macs=0.25", "--json")
     assert code == 0
     assert "model.layers.0.mlp.down_proj.weight" in json.loads(out)["scheme"]
+    # It brings no data, and noise would say nothing of what its layers are worth.
+    output = ("search", "llama", "--budget", "params=0.25", "--criterion", "output", "--json")
+    code, _, err = run(*output)
+    assert code == 2
+    assert "no input to calibrate with" in err
+    (here / "own_texts.py").write_text(
+        """
+import torch
+
+def batches():
+    for seed in range(3):
+        yield {"input_ids": torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(seed))}
+
+def step(model):
+    ids = next(batches())["input_ids"]
+    return model(input_ids=ids, labels=ids).loss
+"""
+    )
+    code, out, err = run(*output, "--calibration", "own_texts:batches", "--batches", 2)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["objective"] > 0
+    code, out, err = run(*output[:5], "taylor", "--step", "own_texts:step", "--batches", 2, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["objective"] > 0
+    weights = next((here / "llama").glob("*.safetensors"))
+    code, _, err = run("search", weights, *output[2:], "--calibration", "own_texts:batches")
+    assert code == 2
+    assert "is a file, and nobody knows how its layers are called" in err
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +21,7 @@ from nmsparse_ext.cli.options import (
 from nmsparse_ext.cli.output import emit, emit_table, progress, show
 from nmsparse_ext.cli.pack import OutOption, ShardOption, check_place, write_plain, wrote
 from nmsparse_ext.cli.patterns import scheme_for
-from nmsparse_ext.cli.sources import load_model
+from nmsparse_ext.cli.sources import calibration_batches, load_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -137,17 +136,8 @@ def _calibration(
     found: Searched, argument: str, function: str | None, batches: int, needed: bool
 ) -> list[Any] | None:
     """The batches to calibrate with; ``None`` if there are none and none are needed."""
-    from nmsparse_ext.cli.tensor_model import TensorModel
-
     if function is not None:
-        if isinstance(found.model, TensorModel):
-            raise ValueError(
-                f"--calibration: {argument} is a file, and nobody knows how its layers are called: give the "
-                "model, as pkg.mod:factory or transformers folder"
-            )
-        from nmsparse_ext.recipes.searched import imported
-
-        return list(itertools.islice(imported(function)(), batches))
+        return calibration_batches(found, argument, function, batches)
     if found.inputs is not None:
         return found.calibration(min(batches, 16))
     if needed:

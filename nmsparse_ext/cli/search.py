@@ -11,11 +11,12 @@ from nmsparse_ext.cli.options import (
     DryRunOption,
     ForceOption,
     JsonOption,
+    LayersOption,
     check_output,
     usage_errors,
 )
 from nmsparse_ext.cli.output import emit, progress, show
-from nmsparse_ext.cli.sources import load_model
+from nmsparse_ext.cli.sources import calibration_batches, load_model
 
 if TYPE_CHECKING:
     from nmsparse_ext import Budget, Scheme
@@ -55,8 +56,22 @@ def search(
         list[str] | None,
         typer.Option(help="What stays dense; globs allowed. By default what a recipe says."),
     ] = None,
+    layers: LayersOption = None,
+    at_least: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB=N:M", help="No sparser than this pattern; may be repeated."),
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB=N:M,N:M", help="Candidates of these weights alone; may be repeated."),
+    ] = None,
     embeds_in_24: Annotated[
-        bool, typer.Option("--embeds-in-24", help="Only patterns that run on sparse tensor cores.")
+        bool,
+        typer.Option(
+            "--embeds-in-24",
+            help="Only patterns that run on sparse tensor cores, for all searched weights; by default 2 and "
+            "1 of 4, 8 and so on up to --m.",
+        ),
     ] = False,
     permute: Annotated[
         Path | None,
@@ -65,6 +80,15 @@ def search(
     step: Annotated[
         str | None,
         typer.Option(help="pkg.mod:fn, fn(model) -> loss; for domino and taylor where no recipe has one."),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FUNCTION",
+            help="pkg.mod:function, which returns batches that the model is called with; for output. Recipes "
+            "bring their own, factories their example input.",
+            show_default=False,
+        ),
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="Batches that taylor and output look at.")] = 8,
     max_steps: Annotated[int, typer.Option(min=1, help="For domino: the most steps.")] = 100_000,
@@ -95,13 +119,24 @@ def search(
             "m": m,
             "candidates": candidate or None,
             "skip": found.skip if skip is None else skip,
-            "constraints": Constraints(embeds_in_24=embeds_in_24),
+            "constraints": Constraints(
+                include=layers or None,
+                allowed={glob: text.split(",") for glob, text in _by_glob("--allow", allow)},
+                at_least=dict(_by_glob("--at-least", at_least)),
+                embeds_in_24=embeds_in_24,
+            ),
             "example_input": found.example_input,
         }
         if permute is not None:
             if method != "allocate" or found.example_input is None:
                 raise ValueError("--permute needs --method allocate and a model with an example input")
             arguments["permute"] = True
+        if method == "allocate" and criterion == "output":
+            arguments["calibration"] = (
+                found.calibration(batches)
+                if calibration is None
+                else calibration_batches(found, model, calibration, batches)
+            )
         with progress("searching"):
             scheme, text, record = _run(found, method, criterion, limits, batches, max_steps, arguments)
         if permute is not None and not dry_run:
@@ -139,7 +174,6 @@ def _run(
             criterion=criterion,
             step=found.step,
             steps=batches,
-            calibration=found.calibration(batches) if criterion == "output" else None,
             **arguments,
         )
         return allocation.scheme, str(allocation), allocation.to_json()
@@ -161,6 +195,15 @@ def _run(
         "dense": costs.dense.as_dict(),
     }
     return scheme, f"{scheme}\nleft: {left}", record
+
+
+def _by_glob(option: str, given: list[str] | None) -> list[tuple[str, str]]:
+    """``[(glob, value)]`` of options like ``encoder.*=4:16``."""
+    pairs = [text.rpartition("=") for text in given or ()]
+    for (glob, _, value), text in zip(pairs, given or (), strict=True):
+        if not glob or not value:
+            raise ValueError(f"{option} must look like GLOB=n:m, got {text!r}")
+    return [(glob, value) for glob, _, value in pairs]
 
 
 def _text(scheme: Scheme, text: str) -> str:

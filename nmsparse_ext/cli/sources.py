@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,6 +138,23 @@ def load_model(argument: str, flags: Sequence[str] = (), *, step: str | None = N
     from nmsparse_ext.recipes.searched import Searched, imported
 
     return Searched(TensorModel(load_tensors(argument)), step=None if step is None else imported(step))
+
+
+def calibration_batches(found: Searched, argument: str, function: str, batches: int) -> list[Any]:
+    """At most so many batches of ``pkg.mod:function``, for a model that can be called with them.
+
+    Raises:
+        ValueError: If the model is a file's tensors, or there is no such function.
+    """
+    from nmsparse_ext.cli.tensor_model import TensorModel
+    from nmsparse_ext.recipes.searched import imported
+
+    if isinstance(found.model, TensorModel):
+        raise ValueError(
+            f"--calibration: {argument} is a file, and nobody knows how its layers are called: give the "
+            "model, as pkg.mod:factory or transformers folder"
+        )
+    return list(itertools.islice(imported(function)(), batches))
 
 
 def chosen(name: str, layers: Sequence[str] | None, skip: Sequence[str] | None) -> bool:

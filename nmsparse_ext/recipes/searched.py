@@ -27,6 +27,7 @@ class Searched:
         step: ``step(model) -> loss`` on the next batch; ``None`` if it is not known how to train it.
         skip: What stays dense by default.
         inputs: Makes what the model is called with, batch after batch.
+        made_up: Whether the example input is noise: good for shapes, and nothing to calibrate with.
     """
 
     model: nn.Module
@@ -34,17 +35,21 @@ class Searched:
     step: Callable[[nn.Module], Tensor] | None = None
     skip: list[str] = field(default_factory=list)
     inputs: Callable[[], Iterator[Any]] | None = None
+    made_up: bool = False
 
     def calibration(self, batches: int) -> list[Any]:
         """Inputs of so many batches; of a model without data the example input alone.
 
         Raises:
-            ValueError: If there is neither.
+            ValueError: If there is neither, or the example input is noise.
         """
         if self.inputs is not None:
             return list(itertools.islice(self.inputs(), batches))
-        if self.example_input is None:
-            raise ValueError("there is no input to calibrate with: a recipe or a factory can bring one")
+        if self.example_input is None or self.made_up:
+            raise ValueError(
+                "there is no input to calibrate with: a recipe or a factory can bring one, and so can "
+                "--calibration pkg.mod:function"
+            )
         return [self.example_input]
 
 
@@ -136,7 +141,7 @@ def _transformers(folder: Path) -> Searched:
         example = {"pixel_values": image.to(model.dtype)}
     else:
         return Searched(model)
-    return Searched(model, example)
+    return Searched(model, example, made_up=True)
 
 
 def imported(name: str) -> Callable[..., Any]:

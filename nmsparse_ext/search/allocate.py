@@ -116,7 +116,8 @@ def allocate(
         budget: What may be left; several limits hold all at once. See `Budget` and `Costs`.
         m: The group size.
         candidates: What a weight may become; ``None`` for n a power of two up to ``m``, where ``m:m`` is
-            dense. Several m may be mixed. Dense is a candidate only if a pattern with ``n == m`` is.
+            dense, or for 2 and 1 of 4, 8 and so on up to ``m`` where ``constraints`` say ``embeds_in_24``.
+            Several m may be mixed. Dense is a candidate only if a pattern with ``n == m`` is.
         skip: What stays dense: names, module names, or globs of either.
         constraints: Further constraints per weight.
         criterion: What a pruned weight loses the model. ``"magnitude"``: its square. ``"taylor"``: the square

@@ -30,7 +30,7 @@ class Constraints:
             Dense is among them only if they have it (``"4:4"``).
         at_least: ``{glob: pattern}``: no sparser than this pattern; an int is the least n of the search's m.
         embeds_in_24: Only patterns that always satisfy 2:4, and no dense ones, so that all searched weights
-            run on sparse tensor cores.
+            run on sparse tensor cores. A search without candidates of its own then takes `embedded_in_24`.
     """
 
     include: Iterable[str] | None = None
@@ -85,6 +85,13 @@ def powers_of_two(m: int) -> tuple[Pattern, ...]:
     return (full, *(Pattern(1 << e, m) for e in reversed(range(m.bit_length())) if 1 << e < m))
 
 
+def embedded_in_24(m: int) -> tuple[Pattern, ...]:
+    """What satisfies 2:4 in groups of up to ``m``: 2 and 1 of 4, 8, 16 and so on; densest first."""
+    sizes = [1 << e for e in range(2, m.bit_length()) if 1 << e <= m]
+    patterns = [Pattern(n, size) for size in sizes for n in (2, 1)]
+    return tuple(sorted(patterns, key=lambda p: (-p.density, p.m)))
+
+
 def find_candidates(
     model: nn.Module,
     *,
@@ -102,8 +109,9 @@ def find_candidates(
     Args:
         model: The model, wrapped or not.
         m: The group size that ints in ``candidates`` and ``constraints`` refer to.
-        candidates: What a weight may become; ``None`` for `powers_of_two`. Several m may be mixed. A weight
-            takes those that fit it. Dense is among them only if a pattern with ``n == m`` is.
+        candidates: What a weight may become; ``None`` for `powers_of_two`, or `embedded_in_24` where the
+            constraints ask for that. Several m may be mixed. A weight takes those that fit it. Dense is among
+            them only if a pattern with ``n == m`` is.
         skip: What stays dense: parameter names, module names, or globs of either.
         constraints: Further constraints.
 
@@ -113,7 +121,10 @@ def find_candidates(
             constraints leave nothing for a weight that there are fitting candidates for.
     """
     constraints = constraints or Constraints()
-    everything = powers_of_two(m) if candidates is None else _patterns("candidates", candidates, m)
+    if candidates is None:
+        everything = (constraints.embeds_in_24 and embedded_in_24(m)) or powers_of_two(m)
+    else:
+        everything = _patterns("candidates", candidates, m)
     skips = check_globs("skip", skip, model)
     include = None if constraints.include is None else check_globs("include", constraints.include, model)
     allowed = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..pattern import Pattern
 from ..scheme import Scheme, as_scheme
 from .budget import Amount, Budget
-from .constraints import Candidate, Constraints, find_candidates
+from .constraints import Candidate, Constraints, find_candidates, powers_of_two
 from .costs import Latency
 from .domino_game import Game, Rules
 from .domino_loop import Search, Training
@@ -182,6 +182,8 @@ def domino_search(
     )
     if not callable(step):
         raise TypeError(f"step must be a function of the model that returns the loss, got {step!r}")
+    if candidates is None:
+        candidates = powers_of_two(m)  # of one m, whatever the constraints
     found = find_candidates(model, m=m, candidates=candidates, skip=skip, constraints=constraints)
     frozen = {
         name: "requires_grad is False" for name, w in found.weights.items() if not w.parameter.requires_grad

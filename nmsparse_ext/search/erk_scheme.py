@@ -38,7 +38,7 @@ def erk_scheme(
         model: The model.
         budget: The budget; of several limits all hold.
         m: The group size.
-        candidates: What a weight may become; ``None`` for powers of two, and dense.
+        candidates: What a weight may become; ``None`` for powers of two, and dense; see `find_candidates`.
         skip: What stays dense.
         constraints: Further constraints.
         example_input: What the model is called with, for a budget of MACs.

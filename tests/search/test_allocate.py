@@ -117,6 +117,17 @@ def test_embeds_in_24():
     assert result.costs.params <= 0.4 * result.dense.params
 
 
+def test_embeds_in_24_without_candidates():
+    """Half of the weights are kept, by 2:4, where n:16 could keep an eighth at most."""
+    constraints = nms.search.Constraints(embeds_in_24=True)
+    half = nms.allocate(mlp(), {"params": 0.5}, constraints=constraints)
+    assert set(half.scheme.values()) == {P(2, 4)}
+    less = nms.allocate(mlp(), {"params": 0.2}, constraints=constraints)
+    assert len(less.scheme) == 3
+    assert all(pattern.embeds_in_24 for pattern in less.scheme.values())
+    assert 0.1 * less.dense.params < less.costs.params <= 0.2 * less.dense.params
+
+
 def test_given_latency():
     def seconds(name, pattern):  # only the last layer is faster if pruned
         return 1.0 if pattern is None or name != "2.weight" else pattern.density

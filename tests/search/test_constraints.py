@@ -7,7 +7,7 @@ from torch import nn
 
 import nmsparse_ext as nms
 from nmsparse_ext.search import Constraints, find_candidates
-from nmsparse_ext.search.constraints import powers_of_two
+from nmsparse_ext.search.constraints import embedded_in_24, powers_of_two
 
 
 class Net(nn.Module):
@@ -102,8 +102,20 @@ def test_at_least():
 
 def test_embeds_in_24():
     found = find_candidates(Net(), constraints=Constraints(embeds_in_24=True))
-    assert texts(found["fc.weight"]) == ["2:16", "1:16"]  # not dense either: all run on sparse tensor cores
+    # Not dense either: all run on sparse tensor cores. And not 2:16 at best, which would keep 1/8.
+    assert texts(found["fc.weight"]) == ["2:4", "1:4", "2:8", "1:8", "2:16", "1:16"]
+    assert texts(found["grouped.weight"]) == ["2:4", "1:4", "2:8", "1:8"]
     assert all(pattern.embeds_in_24 for patterns in found.values() for pattern in patterns)
+    given = find_candidates(Net(), candidates=[8, 2, 16], constraints=Constraints(embeds_in_24=True))
+    assert texts(given["fc.weight"]) == ["2:16"]
+
+
+def test_what_embeds_in_24():
+    assert texts(embedded_in_24(12)) == ["2:4", "1:4", "2:8", "1:8"]
+    assert texts(embedded_in_24(4)) == ["2:4", "1:4"]
+    assert embedded_in_24(3) == ()
+    with pytest.raises(ValueError, match="none is embedded in 2:4"):
+        find_candidates(Net(), m=3, constraints=Constraints(embeds_in_24=True))
 
 
 def test_without():
@@ -122,7 +134,7 @@ def test_without():
         ({"candidates": [17]}, "n must be between 1 and m = 16"),
         ({"constraints": Constraints(allowed={"x": ["2:4"]})}, "allowed: 'x' matches nothing"),
         ({"constraints": Constraints(at_least={"x": 4})}, "at_least: 'x' matches nothing"),
-        ({"constraints": Constraints(at_least={"fc": "1:2"}, embeds_in_24=True)}, "no pattern for fc.weight"),
+        ({"constraints": Constraints(at_least={"fc": "3:4"}, embeds_in_24=True)}, "no pattern for fc.weight"),
         ({"candidates": ["8:16"], "constraints": Constraints(embeds_in_24=True)}, "embedded in 2:4"),
     ],
 )
