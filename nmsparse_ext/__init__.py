@@ -9,45 +9,37 @@ Example:
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
-from itertools import pairwise
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ._import_hook import import_after
 
-
-def _is_command() -> bool:
-    """Whether this process is the `nmsparse` command, or `python -m nmsparse_ext`.
-
-    It answers --help and completes words without torch, which takes a second to import.
-    """
-    program = sys.argv[0] if sys.argv else ""
-    if program == "-m":  # as long as Python has not found the module yet
-        return ["-m", __name__] in ([*pair] for pair in pairwise(sys.orig_argv))
-    return os.path.basename(program) == "nmsparse"
-
-
-if TYPE_CHECKING or not _is_command():
-    from .errors import FormatError
-    from .int8 import int8_linear
-    from .ops import find_violation, nm_mask, nm_prune, nm_prune_, sad, transposable_mask
-    from .pattern import Pattern
-    from .products import linear
-    from .tensor import NMTensor, compress  # not lazy: torch.load must know NMTensor from the start
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what `__getattr__` brings when the program runs
+    from . import compat as compat
+    from . import deploy as deploy
+    from . import integrations as integrations
+    from . import optim as optim
+    from . import prune as prune
+    from . import search as search
+    from . import train as train
     from ._build import build_info
     from .deploy import load_file, load_into, save_file
     from .deploy.convert import convert
     from .deploy.fold import fold_batch_norm
     from .deploy.summary import summary
+    from .errors import FormatError
+    from .int8 import int8_linear
+    from .ops import find_violation, nm_mask, nm_prune, nm_prune_, sad, transposable_mask
+    from .pattern import Pattern
+    from .products import linear
     from .prune import prune_model
     from .scheme import Scheme
     from .search import Budget, domino_search
     from .search.allocate import allocate
     from .search.permute import permute_channels
+    from .tensor import NMTensor, compress
     from .train import Sparsifier
 
 __version__ = "0.1.0"
@@ -81,7 +73,8 @@ __all__ = [
     "transposable_mask",
 ]
 
-# name -> the module that brings it, imported at first use: pruning does not wait for training and files.
+# name -> the module that brings it, imported at first use: `nmsparse --help` does not wait for torch, and
+# pruning does not wait for training and files.
 _LAZY = {
     "Budget": "search",
     "FormatError": "errors",
@@ -116,19 +109,27 @@ _LAZY = {
 _ROOMS = ("compat", "deploy", "integrations", "optim", "prune", "search", "train")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return import_module(f"{__name__}.{name}")
-    if name not in _LAZY:
+if not TYPE_CHECKING:  # else every misspelt name would be of type Any
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+            globals()[name] = value
+            return value
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-# transformers' models are saved and loaded packed. Not imported here: it takes seconds.
-import_after("transformers.quantizers.auto", f"{__name__}.integrations.transformers")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_ROOMS})
+
+
+# Not at first use: torch.load has to know packed tensors, and torch.ops our ops, as soon as there is a torch.
+if sys.modules.get("torch") is not None:
+    import_module(f"{__name__}.tensor")  # its errors are the importer's; the hook keeps them from torch's
+else:
+    import_after("torch", f"{__name__}.tensor")
+
+# transformers' models are saved and loaded packed. Not imported here: it takes seconds.
+import_after("transformers.quantizers.auto", f"{__name__}.integrations.transformers")

@@ -23,7 +23,7 @@ def import_after(theirs: str, ours: str) -> None:
         theirs: Full name of a module.
         ours: Full name of a module.
     """
-    if theirs in sys.modules:
+    if sys.modules.get(theirs) is not None:  # None keeps it from being imported
         _import(ours)
     else:
         sys.meta_path.insert(0, _Finder(theirs, ours))

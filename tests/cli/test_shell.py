@@ -55,7 +55,7 @@ def test_every_command_explains_itself(run, name):
 
 def test_help_does_not_wait_for_torch():
     code = (
-        "import sys; sys.argv[:] = ['nmsparse', '--help']; sys.modules['torch'] = None\n"
+        "import sys; sys.argv[1:] = ['--help']; sys.modules['torch'] = None\n"
         "from nmsparse_ext.cli import main\n"
         "main()"
     )
@@ -71,16 +71,6 @@ def test_help_does_not_wait_for_torch():
     times = {line.split("|")[2].strip(): int(line.split("|")[1]) for line in found.stderr.splitlines()[1:]}
     assert not {"torch", "numpy", "transformers"} & set(times)
     assert times["nmsparse_ext.cli"] < 1_000_000
-
-
-def test_the_library_is_whole_outside_of_the_command():
-    """That the command imports lazily is nobody else's business: torch.load knows NMTensor at once."""
-    code = "import sys, nmsparse_ext; sys.exit('nmsparse_ext.tensor' not in sys.modules)"
-    for argv in (
-        [sys.executable, "-c", code],
-        [sys.executable, "-W", "ignore", "-c", code, "-m", "nmsparse_ext"],
-    ):
-        assert subprocess.run(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
 
 
 def test_a_process(dense_file):
