@@ -14,7 +14,13 @@ others have published and not from measurements of ours:
 
 - up to `DEFAULT_SMALL_BATCH` tokens: the small-batch kernel, which reads fewer bytes than a dense product;
 - from `DEFAULT_LT_TOKENS` tokens, if the product is of `DEFAULT_LT_WORK` multiplications or more: cuSPARSELt;
-- else dense.
+- else dense;
+- where the dense weight is not held, and would be made in every call: the small-batch kernel for as many
+  tokens as it takes, then cuSPARSELt, and dense only where neither can.
+
+Weights of 8 bits (int8, float8) multiply inputs of 16. The small-batch kernel reads int8 weights as they are;
+cuSPARSELt takes inputs of 8 bits only, so it goes only where `allow_rounded_inputs` says that inputs may be
+rounded; the dense weight is made in every call.
 """
 
 from __future__ import annotations
@@ -42,9 +48,11 @@ __all__ = [
     "Measured",
     "Problem",
     "Timer",
+    "allow_rounded_inputs",
     "choices_for",
     "measure",
     "reasons",
+    "rounded_inputs_allowed",
     "set_table",
     "table_path",
 ]
@@ -78,6 +86,7 @@ class Problem(NamedTuple):
         pattern: Its pattern.
         rows: Outputs.
         k: Inputs.
+        inputs: The dtype of inputs where that is another one: of weights of 8 bits.
     """
 
     device: torch.device
@@ -85,13 +94,19 @@ class Problem(NamedTuple):
     pattern: Pattern
     rows: int
     k: int
+    inputs: torch.dtype | None = None
 
     def __str__(self) -> str:
-        return f"{_name(self.dtype)} {self.pattern} {self.rows}x{self.k}"
+        return f"{_dtypes(self)} {self.pattern} {self.rows}x{self.k}"
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _dtypes(problem: Problem) -> str:
+    weight = _name(problem.dtype)
+    return weight if problem.inputs is None else f"{weight} by {_name(problem.inputs)}"
 
 
 # ----------------------------------------------------------------------------------------------- what can run
@@ -103,8 +118,11 @@ def reasons(problem: Problem) -> dict[str, str | None]:
 
 
 def _why_no_small_batch(problem: Problem) -> str | None:
-    if problem.dtype not in SMALL_BATCH_DTYPES:
-        return f"the small-batch kernel takes float16 and bfloat16, not {_name(problem.dtype)}"
+    inputs = problem.dtype if problem.inputs is None else problem.inputs
+    if problem.inputs is not None and problem.dtype != torch.int8:
+        return f"the small-batch kernel takes 8-bit weights of int8 only, not {_name(problem.dtype)}"
+    if inputs not in SMALL_BATCH_DTYPES:
+        return f"the small-batch kernel takes float16 and bfloat16, not {_name(inputs)}"
     if problem.pattern.m > SMALL_BATCH_M:
         return f"the small-batch kernel takes groups of at most {SMALL_BATCH_M}, not {problem.pattern}"
     return _why_no_small_batch_on(problem.device)
@@ -123,7 +141,9 @@ def _why_no_small_batch_on(device: torch.device) -> str | None:
 
 
 def _why_no_lt(problem: Problem) -> str | None:
-    if problem.dtype not in lt.MULTIPLES or problem.dtype.itemsize == 1:
+    if problem.inputs is not None and problem.inputs not in SMALL_BATCH_DTYPES:
+        return f"cuSPARSELt takes float16 and bfloat16 inputs of 8-bit weights, not {_name(problem.inputs)}"
+    if problem.dtype not in lt.MULTIPLES or (problem.dtype.itemsize == 1 and problem.inputs is None):
         return f"cuSPARSELt does not multiply {_name(problem.dtype)} in this way"
     wanted, pattern = lt.hardware_pattern(problem.dtype), problem.pattern
     if not lt.embeds(pattern, problem.dtype):
@@ -135,7 +155,39 @@ def _why_no_lt(problem: Problem) -> str | None:
         return f"cuSPARSELt needs whole groups, {problem.k} is no multiple of {pattern.m}"
     if problem.dtype == torch.float32 and not _tf32():
         return "sparse tensor cores round float32 to TF32, which torch.backends.cuda.matmul does not allow"
+    if problem.inputs is not None and not _rounded_inputs:
+        return (
+            f"sparse tensor cores would have inputs rounded to {_name(problem.dtype)}, which "
+            "crossover.allow_rounded_inputs() allows"
+        )
+    if problem.dtype == torch.float8_e4m3fn and not _has_float8(problem.device):
+        return "sparse tensor cores multiply float8 from compute capability 8.9 on"
     return _why_no_lt_on(problem.device)
+
+
+_rounded_inputs = False
+
+
+def allow_rounded_inputs(allow: bool = True) -> None:
+    """Says whether inputs may be rounded to 8 bits, which cuSPARSELt needs to multiply 8-bit weights.
+
+    They are not unless this says so: results then depend on whether cuSPARSELt or another way goes. Each
+    token is rounded with a scale of its own (``amax / 127`` for int8, ``amax / 448`` for float8). Weights
+    that exist already get the library's form from `deploy.refit`.
+    """
+    global _rounded_inputs
+    _rounded_inputs = allow
+    forget_choices()
+
+
+def rounded_inputs_allowed() -> bool:
+    """What `allow_rounded_inputs` has said."""
+    return _rounded_inputs
+
+
+@functools.cache
+def _has_float8(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _tf32() -> bool:
@@ -191,9 +243,12 @@ def _choices(winners: Sequence[tuple[int, str]], measured: bool) -> Choices:
     return Choices(tuple(bounds[:-1]), tuple(branches), measured)
 
 
-def default_choices(problem: Problem) -> Choices:
+def default_choices(problem: Problem, ways: Collection[str] = BRANCHES) -> Choices:
     """What goes where nothing was measured: the rules of this module."""
     why_not = reasons(problem)
+    if DENSE not in ways or problem.inputs is not None:
+        few = [(SMALL_BATCH_TOKENS, SMALL_BATCH)] if why_not[SMALL_BATCH] is None else []
+        return _choices([*few, (SMALL_BATCH_TOKENS + 1, _many(problem, ways))], measured=False)
     winners = []
     if why_not[SMALL_BATCH] is None and 2 * problem.pattern.n <= problem.pattern.m:
         winners.append((DEFAULT_SMALL_BATCH, SMALL_BATCH))
@@ -201,6 +256,11 @@ def default_choices(problem: Problem) -> Choices:
         first = max(DEFAULT_LT_TOKENS, ceil_div(DEFAULT_LT_WORK, problem.rows * problem.k))
         return _choices([*winners, (first - 1, DENSE), (first, LT)], measured=False)
     return _choices([*winners, (DEFAULT_SMALL_BATCH + 1, DENSE)], measured=False)
+
+
+def _many(problem: Problem, ways: Collection[str]) -> str:
+    """What many tokens go by where no dense weight is held."""
+    return LT if LT in ways and reasons(problem)[LT] is None else DENSE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,16 +280,26 @@ class Measured:
     def winner(self, tokens: int, possible: Collection[str] = BRANCHES) -> str:
         """What was the fastest at a measured number of tokens; dense unless another is faster than noise."""
         times = {way: time for way, time in self.points[tokens].items() if way in possible}
+        if tokens > SMALL_BATCH_TOKENS:
+            times.pop(SMALL_BATCH, None)
         best = min(times, key=times.__getitem__, default=DENSE)
         return best if times.get(best, math.inf) * NOISE <= times.get(DENSE, math.inf) else DENSE
 
-    def choices(self, problem: Problem) -> Choices:
-        """What goes, for every number of tokens."""
-        possible = [way for way, reason in reasons(problem).items() if reason is None]
+    def choices(self, problem: Problem, ways: Collection[str] = BRANCHES) -> Choices:
+        """What goes, for every number of tokens; of ``ways`` and, where none of them can, dense."""
+        possible = [way for way, reason in reasons(problem).items() if reason is None and way in ways]
         winners = [(tokens, self.winner(tokens, possible)) for tokens in sorted(self.points)]
-        last, branch = winners[-1]
-        if branch == SMALL_BATCH:  # which does not go on without end
-            winners += [(max(last, SMALL_BATCH_TOKENS), branch), (SMALL_BATCH_TOKENS + 1, DENSE)]
+        few = [(tokens, branch) for tokens, branch in winners if tokens <= SMALL_BATCH_TOKENS]
+        many = winners[len(few) :]
+        # The small-batch kernel does not go on without end; and where no dense weight is held, it goes for
+        # as many tokens as it takes rather than nothing that was measured.
+        if few and few[-1][1] == SMALL_BATCH and (not many or DENSE not in ways):
+            few.append((SMALL_BATCH_TOKENS, SMALL_BATCH))
+        elif not few and DENSE not in ways and SMALL_BATCH in possible:
+            few.append((SMALL_BATCH_TOKENS, SMALL_BATCH))
+        if not many and few[-1][1] == SMALL_BATCH:
+            many = [(SMALL_BATCH_TOKENS + 1, DENSE if DENSE in ways else _many(problem, ways))]
+        winners = few + many
         return _choices(winners, measured=True)
 
     def merged(self, other: Measured) -> Measured:
@@ -273,7 +343,7 @@ def key_of(problem: Problem) -> Key:
     """Shapes that differ by less than a fifth each way count as one."""
     gpu, library = _machine(problem.device)
     shape = f"{_bucket(problem.rows)}x{_bucket(problem.k)}"
-    return Key(gpu, library, torch.__version__, _name(problem.dtype), str(problem.pattern), shape)
+    return Key(gpu, library, torch.__version__, _dtypes(problem), str(problem.pattern), shape)
 
 
 def _bucket(size: int) -> int:
@@ -328,13 +398,19 @@ def measured(problem: Problem) -> Measured | None:
     return None if problem.rows == 0 or problem.k == 0 else _table.get(key_of(problem))
 
 
-def choices_for(problem: Problem) -> Choices:
-    """Which way goes for how many tokens."""
+def choices_for(problem: Problem, ways: tuple[str, ...] = BRANCHES) -> Choices:
+    """Which way goes for how many tokens.
+
+    Args:
+        problem: The weight.
+        ways: What it holds the forms for. Without the dense weight, that is made in the calls that no other
+            way can take.
+    """
     # Whatever else the choice depends on stands beside the problem.
-    full = (*problem, cusparselt.search_mode(), problem.dtype == torch.float32 and _tf32())
+    full = (*problem, ways, cusparselt.search_mode(), problem.dtype == torch.float32 and _tf32())
     found = _known.get(full)
     if found is None:
-        found = _known[full] = _choose(problem)
+        found = _known[full] = _choose(problem, ways)
     return found
 
 
@@ -343,16 +419,16 @@ def era() -> tuple[object, str]:
     return _era, cusparselt.search_mode()
 
 
-def _choose(problem: Problem) -> Choices:
+def _choose(problem: Problem, ways: tuple[str, ...]) -> Choices:
     if problem.rows == 0 or problem.k == 0:
         return Choices((), (DENSE,), measured=False)
     known = measured(problem) if cusparselt.search_mode() != "off" else None
-    return default_choices(problem) if known is None else known.choices(problem)
+    return default_choices(problem, ways) if known is None else known.choices(problem, ways)
 
 
-def why(problem: Problem) -> str:
+def why(problem: Problem, ways: tuple[str, ...] = BRANCHES) -> str:
     """Which way goes for how many tokens, and why, in words."""
-    choices = choices_for(problem)
+    choices = choices_for(problem, ways)
     basis = "measured" if choices.measured else "by rule, not measured"
     missing = [reason for reason in reasons(problem).values() if reason is not None]
     return "; ".join([f"{choices} ({basis})", *missing])

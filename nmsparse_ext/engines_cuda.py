@@ -3,10 +3,16 @@
 ``cuda`` goes, call by call, the way that is the fastest for the number of tokens (``crossover.py``): the
 small-batch kernel, which reads the packed form itself; cuSPARSELt, from the library's own form; or the dense
 weight. It holds those forms that some number of tokens needs: at most the packed form (n/m of the dense
-bytes, and indices), the library's (9/16) and the dense weight (1).
+bytes, and indices), the library's (9/16) and the dense weight (1). Two others hold less, whatever is the
+fastest:
 
-``cuda-packed`` holds the packed form alone. Up to as many tokens as the small-batch kernel is chosen for it
-costs what ``cuda`` does; beyond, the weight is made dense in every call.
+- ``cuda-sparse`` holds the packed form and the library's, 9/8 of the dense bytes for 2:4 in 16 bits. Few
+  tokens go through the small-batch kernel, all others through cuSPARSELt.
+- ``cuda-packed`` holds the packed form alone. For more tokens than the small-batch kernel takes, the weight
+  is made dense in every call.
+
+What is held is decided when the engine is given its weight. `refit` frees what a table that has become known
+since says never wins, and makes what it says wins.
 
 In eager mode the way is chosen here. Compiled and exported graphs call the op ``nmsparse::tuned_linear``,
 which chooses when it runs: numbers of tokens may be symbolic there, and what was measured is not part of a
@@ -28,7 +34,7 @@ from ._checks import holds_data
 from ._op_gradients import _slope as slope
 from ._op_library import NAMESPACE, library
 from ._panel_layout import ACTIVATIONS
-from .crossover import DENSE, LT, SMALL_BATCH, Choices, Problem
+from .crossover import BRANCHES, DENSE, LT, SMALL_BATCH, Choices, Problem
 from .cusparselt import LtWeight
 from .engines import Engine, portable, register_engine, unpack_rows, unpacked_conv
 from .panels import Activation, transforming
@@ -42,7 +48,9 @@ DEVICES = {"cuda"}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-CUDA_ENGINES = ("cuda", "cuda-packed")
+#: Which ways the weights of an engine hold forms for: the small-batch kernel reads the packed form itself.
+WAYS = {"cuda": BRANCHES, "cuda-sparse": (SMALL_BATCH, LT), "cuda-packed": (SMALL_BATCH,)}
+CUDA_ENGINES = tuple(WAYS)
 
 _small_batch_linear = torch.ops.nmsparse.small_batch_linear.default  # found once, see `cusparselt`
 
@@ -102,6 +110,20 @@ def _refill(weight: NMTensor, forms: tuple[Tensor, ...]) -> None:
         blob.copy_(cusparselt.compress(rows))
 
 
+def _why_not_sparse(weight: NMTensor) -> str | None:
+    reason = why_not_matrix(weight)
+    return crossover.reasons(problem_of(weight))[LT] if reason is None else reason
+
+
+def _build_sparse(weight: NMTensor) -> tuple[Tensor]:
+    values, indices = portable(weight)
+    if not holds_data(values):
+        return (values.new_empty(0, dtype=torch.uint8),)
+    if _measures_now(values.device):
+        measure_once(weight)
+    return (cusparselt.compress(ops.unpack(values, indices, weight.pattern, k=weight.k, dim=-1)),)
+
+
 def _measures_now(device: torch.device) -> bool:
     return (
         cusparselt.search_mode() == "first-use"
@@ -132,16 +154,16 @@ def measure_once(weight: NMTensor, tokens: tuple[int, ...] = crossover.TOKENS) -
 def tuned(weight: NMTensor, tokens: int) -> NMTensor:
     """The weight with the forms that win for up to so many tokens, which is measured if it is not known.
 
-    A weight that the engine ``cuda`` does not run, or that is not on a GPU, comes back as it is; so does any
-    in the search mode ``"off"``.
+    A weight that the engines of this module do not run, or that is not on a GPU, comes back as it is; so does
+    any in the search mode ``"off"``.
     """
-    if weight.engine != "cuda" or tokens == 0 or not _may_measure(weight.values):
+    if weight.engine not in CUDA_ENGINES or tokens == 0 or not _may_measure(weight.values):
         return weight
     problem = problem_of(weight)
     before = crossover.choices_for(problem)
     most = max(tokens, crossover.SMALL_BATCH_TOKENS)
     measure_once(weight, (*(count for count in crossover.TOKENS if count <= most), tokens))
-    return weight if crossover.choices_for(problem) == before else weight.with_engine("cuda")
+    return weight if crossover.choices_for(problem) == before else refit(weight)
 
 
 def _may_measure(values: Tensor) -> bool:
@@ -150,7 +172,28 @@ def _may_measure(values: Tensor) -> bool:
 
 def why(weight: NMTensor) -> str:
     """Which way a weight of these engines goes for how many tokens, and why, in words."""
-    return crossover.why(problem_of(weight))
+    held = ", ".join(f"{count:,} {form}" for form, count in memory(weight).items() if count)
+    return f"{crossover.why(problem_of(weight), WAYS[weight.engine])}; holds bytes: {held}"
+
+
+def memory(weight: NMTensor) -> dict[str, int]:
+    """Bytes of each form that a weight of these engines holds: packed, dense, cuSPARSELt's."""
+    held = weight.__dict__
+    forms = {"dense": held.get("form_dense"), "for cuSPARSELt": held.get("form_blob")}
+    return {"packed": weight.nbytes} | {
+        name: 0 if form is None else form.numel() * form.element_size() for name, form in forms.items()
+    }
+
+
+def refit(weight: NMTensor) -> NMTensor:
+    """The weight with the forms that the table wants by now; itself if it holds just these."""
+    if weight.engine != "cuda":
+        return weight
+    branches = crossover.choices_for(problem_of(weight)).branches
+    dense, blob = weight.forms()
+    if (DENSE in branches, LT in branches) == (dense.numel() > 0, blob.numel() > 0):
+        return weight
+    return weight.with_engine(weight.engine)
 
 
 def _dense_rows(weight: NMTensor) -> Tensor:
@@ -222,7 +265,10 @@ def _run(
 ) -> Tensor:
     k = x.shape[-1]
     problem = Problem(values.device, values.dtype, pattern, values.shape[0], k)
-    branch = crossover.choices_for(problem).at(x.numel() // k if k else 0)
+    # What is empty is not needed; what is None is not held, and to be done without.
+    held = {SMALL_BATCH: values, LT: blob, DENSE: dense}
+    ways = tuple(way for way in BRANCHES if held[way] is not None)
+    branch = crossover.choices_for(problem, ways).at(x.numel() // k if k else 0)
     return multiply(branch, x, values, indices, dense, blob, bias, pattern, activation)
 
 
@@ -310,7 +356,7 @@ def _linear(
     ):
         if weight.shared is not None:
             weight.shared.refresh()
-        held = weight.__dict__  # "cuda-packed" has no forms
+        held = weight.__dict__  # "cuda-packed" has no forms, "cuda-sparse" one
         dense, blob = held.get("form_dense"), held.get("form_blob")
         branch = _choices(weight).at(input.numel() // weight.k if weight.k else 0)
         values, indices = weight.packed_values, weight.packed_indices
@@ -343,7 +389,7 @@ def _choices(weight: NMTensor) -> Choices:
     if kept is not None and kept[0] is era[0] and kept[1] is era[1]:
         return kept[2]
     problem = problem_of(weight)
-    choices = crossover.choices_for(problem)
+    choices = crossover.choices_for(problem, WAYS[weight.engine])
     if problem.dtype != torch.float32:  # where whether TF32 is allowed counts, too
         weight.__dict__["_choices"] = (*era, choices)
     return choices
@@ -352,7 +398,8 @@ def _choices(weight: NMTensor) -> Choices:
 def _product(input: Tensor, weight: NMTensor, bias: Tensor | None, activation: Activation) -> Tensor:
     if weight.shared is not None and not torch.compiler.is_compiling():
         weight.shared.refresh()
-    dense, blob = weight.forms() or (None, None)
+    dense = getattr(weight, "form_dense", None)
+    blob = getattr(weight, "form_blob", None)
     return _with_any_bias(input, (weight.values, weight.indices, dense, blob), weight, bias, activation)
 
 
@@ -389,7 +436,7 @@ def _matmul(input: Tensor, weight: NMTensor) -> Tensor:
     return torch.matmul(input, unpack_rows(weight))
 
 
-register_engine(
+for _lean in (
     Engine(
         name="cuda-packed",
         why_not=why_not_matrix,
@@ -398,8 +445,19 @@ register_engine(
         activations=ACTIVATIONS,
         automatic=False,
     ),
-    first=True,
-)
+    Engine(
+        name="cuda-sparse",
+        why_not=_why_not_sparse,
+        linear=_linear,
+        conv=unpacked_conv,
+        forms=("blob",),
+        build=_build_sparse,
+        matmul=_matmul,
+        activations=ACTIVATIONS,
+        automatic=False,
+    ),
+):
+    register_engine(_lean, first=True)
 register_engine(
     Engine(
         name="cuda",

@@ -15,6 +15,7 @@ from .files import load_file, load_into, save_file
 from .fold import fold_batch_norm
 from .fuse import fuse_activations
 from .interchange import FORMATS, OnnxWeight, PeerFormat, detect_format, export_onnx, from_peer, to_peer
+from .refit import refit
 from .repeated import Compared, Comparison, compare
 from .report import LayerReport, Report, report
 from .summary import Summary, WeightSummary, summary
@@ -48,6 +49,7 @@ __all__ = [
     "inductor_options",
     "load_file",
     "load_into",
+    "refit",
     "report",
     "save_file",
     "summary",
