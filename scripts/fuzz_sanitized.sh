@@ -28,12 +28,13 @@ fi
 exec ${CXX:-c++} "\${arguments[@]}"
 EOF
 chmod +x build/fuzz/cxx
-(cd build/fuzz && CXX=$PWD/cxx NMSPARSE_CUDA=0 NMSPARSE_SANITIZE=address,undefined \
+checks=address,undefined
+(cd build/fuzz && CXX=$PWD/cxx NMSPARSE_CUDA=0 NMSPARSE_SANITIZE=$checks \
     "$PYTHON" -W ignore setup.py --quiet build_ext --inplace)
 
 # libstdc++ too: the sanitizer looks for its throw at the start, when Python has loaded no C++ yet.
 runtime="$("${CXX:-g++}" -print-file-name=libasan.so) $("${CXX:-g++}" -print-file-name=libstdc++.so.6)"
 # Leaks are Python's own: an interpreter frees little at its end. What torch allocates is checked all the same.
 LD_PRELOAD="$runtime" PYTHONPATH=$PWD/build/fuzz PYTHONMALLOC=malloc \
-    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 NMSPARSE_SANITIZE=$checks \
     "$PYTHON" build/fuzz/tests/fuzz/fuzz_files.py "$@"

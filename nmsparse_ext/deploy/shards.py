@@ -27,6 +27,7 @@ from torch import Tensor
 from .._atomic import atomic_write, check_place, sync_folder
 from ..errors import FormatError
 from .format import INDICES, VALUES, Contents, brief, parse_metadata, strict_json
+from .stored import aligned
 
 INDEX_SUFFIX = ".index.json"
 EXTENSION = ".safetensors"
@@ -278,7 +279,8 @@ def _read_file(path: str) -> tuple[dict[str, Tensor], Contents]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             contents = parse_metadata(file.metadata())
-            return {name: file.get_tensor(name) for name in file.keys()}, contents  # noqa: SIM118 - no mapping
+            names = file.keys()
+            return {name: aligned(file.get_tensor(name)) for name in names}, contents
     except FormatError:
         raise
     except Exception as error:

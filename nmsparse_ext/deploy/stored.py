@@ -73,6 +73,17 @@ def _storable(tensor: Tensor, storages: set[int]) -> Tensor:
     return tensor
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor where its elements start at multiples of their size, as kernels may count on; else a copy.
+
+    Mapped files give any address: their writer, or whoever damaged them, chose the offsets.
+
+    Args:
+        tensor: Plain, on the CPU, of any shape and dtype.
+    """
+    return tensor.clone() if tensor.numel() and tensor.data_ptr() % tensor.itemsize else tensor
+
+
 def unlayout(
     stored: dict[str, Tensor], contents: Contents, *, engine: str | None = None
 ) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .._checks import index_row_bytes, moved_shape
+from ..deploy.stored import aligned
 from ..deploy.support import why_not_packed, with_engine_for
 from ..errors import FormatError
 from ..pattern import Pattern
@@ -57,7 +58,7 @@ class Placeholder(nn.Module):
             )
         try:
             return NMTensor.from_packed(
-                values,
+                aligned(values),
                 indices,
                 self.pattern,
                 group_dim=self.group_dim,

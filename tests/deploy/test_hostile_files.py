@@ -181,6 +181,25 @@ def load_or_refuse(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
+@pytest.mark.parametrize("shift", [1, 2, 4, 7])
+def test_tensors_at_odd_offsets_are_aligned(net: Net, path: Path, shift: int) -> None:
+    """A header of any length is legal: what lies behind it then starts at any address of the mapped file."""
+    nms.save_file(net, path)
+    expected = nms.load_file(path)
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    end = 8 + size
+    odd = path.with_name("odd.safetensors")
+    odd.write_bytes(struct.pack("<Q", size + shift) + raw[8:end] + b" " * shift + raw[end:])
+    loaded = nms.load_file(odd)
+    assert loaded.keys() == expected.keys()
+    for name, tensor in loaded.items():
+        parts = (tensor.values, tensor.indices) if isinstance(tensor, NMTensor) else (tensor,)
+        assert all(part.data_ptr() % part.itemsize == 0 for part in parts), name
+        dense, other = (t.to_dense() if isinstance(t, NMTensor) else t for t in (tensor, expected[name]))
+        assert torch.equal(dense, other), name
+
+
 def test_mutations_are_refused_or_harmless(net: Net, path: Path) -> None:
     nms.save_file(net, path)
     raw, original = path.read_bytes(), nms.load_file(path)

@@ -456,7 +456,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         result = run(arguments.mutations, arguments.seed, Path(folder), arguments.only)
     info = nms.build_info()
-    result["sanitizer"] = "address" if "libasan" in os.environ.get("LD_PRELOAD", "") else None
+    # Set by the script that builds with them and preloads their runtime.
+    sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
+    result["sanitizer"] = os.environ.get("NMSPARSE_SANITIZE") if sanitized else None
     result["build"] = {"torch": torch.__version__, "reference": info.reference, "isa": info.cpu_isa}
     text = json.dumps(result, indent=1)
     print(text)

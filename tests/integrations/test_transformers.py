@@ -360,6 +360,22 @@ def test_adapters_of_transformers_itself(tmp_path: Path, monkeypatch: pytest.Mon
     torch.testing.assert_close(loaded(x).logits, before)
 
 
+def test_files_whose_tensors_lie_at_odd_addresses(tmp_path: Path) -> None:
+    """A header of any length is legal, and transformers hands out tensors as they lie in the mapped file."""
+    path = saved("llama", tmp_path) / "model.safetensors"
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    path.unlink()  # not overwritten: somebody may have it mapped
+    path.write_bytes((end - 8 + 1).to_bytes(8, "little") + raw[8:end] + b" " + raw[end:])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert packed_names(loaded) == packed_names(pair("llama").packed)
+    for name in packed_names(loaded):
+        values = loaded.get_parameter(name).values
+        assert values.data_ptr() % values.itemsize == 0
+    x = tokens()
+    assert torch.equal(loaded(x).logits, pair("llama").packed(x).logits)
+
+
 def test_trainer_trains_what_is_not_packed(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(saved("llama", tmp_path / "model"))
     before = copy.deepcopy(loaded)
