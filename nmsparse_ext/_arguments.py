@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._checks import MAX_DIMS, WEIGHT_DTYPES, bits_shape, index_row_bytes
 from .pattern import Pattern
@@ -53,6 +53,18 @@ def check_state(name: str, state: Mapping[str, object], error: type[Exception] =
 
 def _some(listed: list[str]) -> str:
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+def state_of(name: str, value: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a model, with the parameters themselves, or that of a mapping; checked."""
+    if isinstance(value, nn.Module):
+        state = value.state_dict(keep_vars=True)
+        check_state(name, state, ValueError)  # a model it is, but with extra state
+        return state
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be an nn.Module or a mapping of tensors, got {type(value).__name__}")
+    check_state(name, value)
+    return dict(value)
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

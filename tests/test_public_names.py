@@ -49,7 +49,9 @@ def test_what_is_not_there(name: str) -> None:
 
 
 def test_importing_it_imports_no_torch() -> None:
-    found = run("import sys, nmsparse_ext as nms; nms.__version__; dir(nms); assert 'torch' not in sys.modules")
+    found = run(
+        "import sys, nmsparse_ext as nms; nms.__version__; dir(nms); assert 'torch' not in sys.modules"
+    )
     assert found.returncode == 0, found.stderr
 
 

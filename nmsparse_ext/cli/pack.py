@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +25,7 @@ from nmsparse_ext.cli.patterns import choice, scheme_for
 from nmsparse_ext.cli.sources import Kind, kind_of, load_model, load_tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from nmsparse_ext import Scheme
 
@@ -172,6 +171,8 @@ def decompress(
                 if found is not None:
                     save_transformers(unpack(found), Path(model), out, None)
                 else:
+                    from nmsparse_ext.deploy.interchange._containers import write_plain
+
                     write_plain(tensors, out)
     record: dict[str, Any] = {
         "model": model,
@@ -187,27 +188,6 @@ def decompress(
         emit(wrote(out, dry_run))
 
     show(as_json, record, text)
-
-
-def write_plain(tensors: Mapping[str, Tensor], out: Path) -> None:
-    """Writes dense tensors for any reader of safetensors: each name has its own, tied ones are repeated."""
-    from safetensors.torch import save_file
-
-    from nmsparse_ext import NMTensor
-    from nmsparse_ext._atomic import atomic_write
-
-    with atomic_write(out) as file:
-        seen: set[int] = set()
-        stored = {}
-        for name, tensor in tensors.items():
-            tensor = tensor.detach()
-            tensor = (tensor.to_dense() if isinstance(tensor, NMTensor) else tensor).cpu().contiguous()
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
-                tensor = tensor.clone()
-            seen.add(tensor.untyped_storage().data_ptr())
-            stored[name] = tensor
-        save_file(stored, file.name, {"format": "pt"})
 
 
 def _detected(model: nn.Module, layers: list[str] | None, skip: list[str] | None) -> Scheme:

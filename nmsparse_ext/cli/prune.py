@@ -19,7 +19,7 @@ from nmsparse_ext.cli.options import (
     usage_errors,
 )
 from nmsparse_ext.cli.output import emit, emit_table, progress, show
-from nmsparse_ext.cli.pack import OutOption, ShardOption, check_place, write_plain, wrote
+from nmsparse_ext.cli.pack import OutOption, ShardOption, check_place, wrote
 from nmsparse_ext.cli.patterns import scheme_for
 from nmsparse_ext.cli.sources import calibration_batches, load_model
 
@@ -175,4 +175,6 @@ def _write(
     if whole_folder:
         save_transformers(model, source, out, max_shard_size)
     else:
+        from nmsparse_ext.deploy.interchange._containers import write_plain
+
         write_plain(model.state_dict(keep_vars=True), out)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .._arguments import check_path, check_state
+from .._arguments import check_path, state_of
 from ..errors import FormatError
 from ..pattern import Pattern
 from ..scheme import Scheme, as_scheme
@@ -166,17 +166,11 @@ def load_into(model: nn.Module, path: StrPath, *, keep: Keep | None = None) -> n
 
 def _tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All that is to be saved, with the parameters themselves (not copies), so that tied ones can be told."""
+    tensors = state_of("model", model)
     if isinstance(model, nn.Module):
-        state = model.state_dict(keep_vars=True)
-        check_state("model", state, ValueError)
         # Wrappers (DDP, torch.compile) put prefixes before names: a file serves the wrapped model and the
         # plain one.
-        tensors = _renamed(state)
-    elif isinstance(model, Mapping):
-        check_state("model", model)
-        tensors = dict(model)
-    else:
-        raise TypeError(f"model must be an nn.Module or a mapping of tensors, got {type(model).__name__}")
+        tensors = _renamed(tensors)
     for name, tensor in tensors.items():
         if isinstance(tensor, NMTensor):
             continue

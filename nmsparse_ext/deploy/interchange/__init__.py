@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ..._arguments import check_path, check_state
+from ..._arguments import check_path, state_of
 from ...errors import FormatError
 from ...pattern import Pattern
 from ...scheme import Scheme
@@ -156,15 +156,10 @@ def to_peer(
     if peer.write is None:
         raise ValueError(f"format {peer.name!r} can be read only")
     _check_options(peer, options)
+    mapping = state_of("tensors", tensors)
     if isinstance(tensors, nn.Module):
-        check_state("tensors", tensors.state_dict(), ValueError)
         model = tensors
         mapping = from_peer(tensors)
-    elif isinstance(tensors, Mapping):
-        check_state("tensors", tensors)
-        mapping = dict(tensors)
-    else:
-        raise TypeError(f"tensors must be an nn.Module or a mapping of tensors, got {type(tensors).__name__}")
     path = None if destination is None else check_path("destination", destination)
     return peer.write(Writing(mapping, model, path, options))
 

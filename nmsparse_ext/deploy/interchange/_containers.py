@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-from ..._arguments import check_state
+from ..._arguments import check_state, state_of
 from ..._atomic import atomic_write
 from ...errors import FormatError
 from ...weights import canonical_name
 from ..format import brief
 from ..shards import INDEX_SUFFIX, locate, read_config, read_stored
+from ._packing import dense
 from ._peer import Source, plain_names
 
 #: Where checkpoints of training scripts keep the model's state dict.
@@ -36,9 +38,7 @@ def open_source(source: str | os.PathLike[str] | Mapping[str, Any] | nn.Module) 
         OSError: If it cannot be opened.
     """
     if isinstance(source, nn.Module):
-        state = source.state_dict(keep_vars=True)
-        check_state("source", state, ValueError)
-        tensors = {name: t.detach() for name, t in state.items()}
+        tensors: dict[str, Any] = {name: t.detach() for name, t in state_of("source", source).items()}
         # torch.ao.pruning keeps the masks of its parametrizations out of state dicts.
         tensors |= {
             name: mask
@@ -117,8 +117,25 @@ def _masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return masks
 
 
-def write_torch(checkpoint: Mapping[str, Any], path: str) -> None:
-    """``torch.save``, all or nothing."""
+def write_torch(checkpoint: Mapping[str, Any], path: str | None) -> None:
+    """``torch.save``, all or nothing; without a path there is nothing to do."""
+    if path is None:
+        return
     with atomic_write(path) as file:
         torch.save(dict(checkpoint), file)
         file.flush()
+
+
+def write_plain(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Writes tensors, dense, for any reader of safetensors: each name has its own, tied ones are repeated."""
+    seen: set[int] = set()
+    stored = {}
+    for name, tensor in tensors.items():
+        plain = dense(tensor).cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != plain.nbytes:  # safetensors refuses both
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        stored[name] = plain
+    with atomic_write(path) as file:
+        save_file(stored, file.name, {"format": "pt"})

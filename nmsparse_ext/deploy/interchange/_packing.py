@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,42 @@ def pack_masked(name: str, weight: Tensor, mask: Tensor, reading: Reading, group
     return pack_at(masked, indices, pattern, group_dim)
 
 
+def pack_all_masked(
+    tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], reading: Reading
+) -> dict[str, Tensor]:
+    """The tensors, packed where there is a mask of that name.
+
+    Raises:
+        FormatError: If a mask has no weight, or does not fit it.
+        ValueError: If a mask violates the pattern that was asked for.
+    """
+    known = reading.weights()
+    result = dict(tensors)
+    for name, mask in masks.items():
+        if name not in tensors:
+            raise FormatError(f"there is a mask of {name!r}, but no such weight")
+        group_dim = reading.group_dim(name, tensors[name], known)
+        result[name] = pack_masked(name, tensors[name], mask, reading, group_dim)
+    return result
+
+
+def in_form(
+    tensors: Mapping[str, Tensor], form: Callable[[str, NMTensor], Mapping[str, Tensor] | None]
+) -> dict[str, Tensor]:
+    """Packed weights as ``form`` has them, under the names that it gives; dense where that is ``None``."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        made = form(name, tensor) if isinstance(tensor, NMTensor) else None
+        result |= {name: dense(tensor)} if made is None else made
+    return result
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """``"layer.0.weight" -> ("layer.0.", "weight")``."""
+    start = name.rfind(".") + 1
+    return name[:start], name[start:]
+
+
 def pack_at(weight: Tensor, indices: Tensor, pattern: Pattern, group_dim: int) -> NMTensor:
     """Packs what stands at the given indices, bit for bit; the size of the group dim is a multiple of m."""
     kept = weight.shape[group_dim] // pattern.m * pattern.n
@@ -86,9 +124,9 @@ def pack_at(weight: Tensor, indices: Tensor, pattern: Pattern, group_dim: int) -
     return NMTensor.from_packed(values, indices, pattern, group_dim=group_dim, shape=shape)
 
 
-def as_hardware(weight: Tensor) -> NMTensor | None:
-    """A ``[rows, k]`` weight as 2:4 (float32: 1:2) along k; ``None`` if it is dense or does not embed."""
-    if not isinstance(weight, NMTensor) or weight.dim() != 2 or weight.group_dim != 1:
+def as_hardware(weight: NMTensor) -> NMTensor | None:
+    """A ``[rows, k]`` weight as 2:4 (float32: 1:2) along k; ``None`` if it is no such weight."""
+    if weight.dim() != 2 or weight.group_dim != 1:
         return None
     return as_pattern(weight, hardware_pattern(weight.dtype))
 

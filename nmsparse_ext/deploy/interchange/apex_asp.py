@@ -11,10 +11,9 @@ import re
 
 from torch import Tensor
 
-from ...errors import FormatError
 from ...tensor import NMTensor
 from ._containers import write_torch
-from ._packing import dense, mask_of, pack_masked
+from ._packing import in_form, mask_of, pack_all_masked, split_name
 from ._peer import PeerFormat, Reading, Source, Writing
 
 _MASK = re.compile(r"(.*\.)?__([^.]+)_mma_mask")
@@ -22,32 +21,25 @@ _PRUNED = re.compile(r"(.*\.)?__([^.]+)_mma_pruned_p")
 
 
 def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
-    known = reading.weights()
     masks: dict[str, Tensor] = {}
-    result: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
         found = _MASK.fullmatch(name)
         if found is not None:
             masks[(found[1] or "") + found[2]] = tensor
         elif not _PRUNED.fullmatch(name):
-            result[name] = tensor
-    for name, mask in masks.items():
-        if name not in result:
-            raise FormatError(f"there is a mask of {name!r}, but no such weight")
-        group_dim = reading.group_dim(name, result[name], known)
-        result[name] = pack_masked(name, result[name], mask, reading, group_dim)
-    return result
+            tensors[name] = tensor
+    return pack_all_masked(tensors, masks, reading)
+
+
+def _with_mask(name: str, weight: NMTensor) -> dict[str, Tensor]:
+    module, parameter = split_name(name)
+    return {name: weight.to_dense(), f"{module}__{parameter}_mma_mask": mask_of(weight)}
 
 
 def _write(writing: Writing) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = {}
-    for name, tensor in writing.tensors.items():
-        result[name] = dense(tensor)
-        if isinstance(tensor, NMTensor):
-            module, _, parameter = name.rpartition(".")
-            result[f"{module}{'.' if module else ''}__{parameter}_mma_mask"] = mask_of(tensor)
-    if writing.destination is not None:
-        write_torch(result, writing.destination)
+    result = in_form(writing.tensors, _with_mask)
+    write_torch(result, writing.destination)
     return result
 
 

@@ -16,7 +16,6 @@ import os
 from typing import Any
 
 import torch
-from safetensors.torch import save_file as write_safetensors
 from torch import Tensor
 
 from ..._atomic import atomic_write
@@ -25,6 +24,7 @@ from ...pattern import Pattern
 from ...tensor import NMTensor
 from ..format import brief
 from ..shards import read_config
+from ._containers import write_plain
 from ._packing import as_pattern, dense, mask_of, pack_dense
 from ._peer import PeerFormat, Reading, Source, Writing
 
@@ -200,9 +200,7 @@ def _write_folder(folder: str, tensors: dict[str, Tensor], ignored: list[str], s
             "sparsity_structure": "2:4",
         },
     }
-    with atomic_write(os.path.join(folder, "model.safetensors")) as file:
-        plain = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
-        write_safetensors(plain, file.name, {"format": "pt"})
+    write_plain(tensors, os.path.join(folder, "model.safetensors"))
     with atomic_write(os.path.join(folder, "config.json")) as file:
         file.write(json.dumps(config, indent=2).encode())
         file.flush()

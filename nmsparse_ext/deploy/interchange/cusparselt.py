@@ -15,7 +15,7 @@ from ... import _lt_layout as lt
 from ...errors import FormatError
 from ...tensor import NMTensor, compress
 from ._containers import write_torch
-from ._packing import as_hardware
+from ._packing import as_hardware, in_form
 from ._peer import PeerFormat, Reading, Source, Writing
 from .cutlass import fits, parts_of, read_nibbles, semi_structured, split_blob
 
@@ -94,24 +94,27 @@ def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
 
 def _write(writing: Writing) -> dict[str, Tensor]:
     layout = writing.options.get("layout")
-    result: dict[str, Tensor] = {}
-    for name, tensor in writing.tensors.items():
-        weight = as_hardware(tensor)
-        known = weight is not None and weight.dtype in (torch.float16, torch.bfloat16)
-        if weight is not None and known and (layout is not None or not weight.values.is_cuda):
-            _check_layout(layout)
-            blob = to_cusparselt(weight, layout) if fits(weight, str(layout)) else None  # type: ignore[arg-type]
-        else:
-            on_gpu = weight is not None and weight.values.is_cuda and layout is None
-            blob = torch._cslt_compress(weight.to_dense()) if weight is not None and on_gpu else None
-        if weight is not None and blob is not None:
-            cls = SparseSemiStructuredTensorCUSPARSELT
-            result[name] = semi_structured(cls, weight.dense_shape(), blob, None)
-        else:
-            result[name] = tensor.to_dense() if isinstance(tensor, NMTensor) else tensor.detach()
-    if writing.destination is not None:
-        write_torch(result, writing.destination)
+
+    def semi_structured_or_dense(name: str, weight: NMTensor) -> dict[str, Tensor] | None:
+        hardware = as_hardware(weight)
+        blob = None if hardware is None else _blob(hardware, layout)
+        if hardware is None or blob is None:
+            return None
+        cls = SparseSemiStructuredTensorCUSPARSELT
+        return {name: semi_structured(cls, hardware.dense_shape(), blob, None)}
+
+    result = in_form(writing.tensors, semi_structured_or_dense)
+    write_torch(result, writing.destination)
     return result
+
+
+def _blob(weight: NMTensor, layout: str | None) -> Tensor | None:
+    """The library's form of a 2:4 weight; ``None`` if it has none here."""
+    on_gpu = weight.values.is_cuda
+    if weight.dtype in (torch.float16, torch.bfloat16) and (layout is not None or not on_gpu):
+        _check_layout(layout)
+        return to_cusparselt(weight, str(layout)) if fits(weight, str(layout)) else None
+    return torch._cslt_compress(weight.to_dense()) if on_gpu and layout is None else None
 
 
 CUSPARSELT = PeerFormat(

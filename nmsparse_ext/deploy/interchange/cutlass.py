@@ -16,7 +16,7 @@ from ... import _lt_layout as lt
 from ...errors import FormatError
 from ...tensor import NMTensor, compress
 from ._containers import write_torch
-from ._packing import as_hardware
+from ._packing import as_hardware, in_form
 from ._peer import PeerFormat, Reading, Source, Writing
 
 _META_DTYPES = {
@@ -191,18 +191,17 @@ def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
     return result
 
 
+def _semi_structured(name: str, weight: NMTensor) -> dict[str, Tensor] | None:
+    hardware = as_hardware(weight) if weight.dtype in _META_DTYPES else None
+    if hardware is None or not fits(hardware, "cutlass"):
+        return None
+    packed, meta = to_cutlass(hardware)
+    return {name: semi_structured(SparseSemiStructuredTensorCUTLASS, hardware.dense_shape(), packed, meta)}
+
+
 def _write(writing: Writing) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = {}
-    for name, tensor in writing.tensors.items():
-        weight = as_hardware(tensor) if tensor.dtype in _META_DTYPES else None
-        if weight is not None and fits(weight, "cutlass"):
-            packed, meta = to_cutlass(weight)
-            shape = weight.dense_shape()
-            result[name] = semi_structured(SparseSemiStructuredTensorCUTLASS, shape, packed, meta)
-        else:
-            result[name] = tensor.to_dense() if isinstance(tensor, NMTensor) else tensor.detach()
-    if writing.destination is not None:
-        write_torch(result, writing.destination)
+    result = in_form(writing.tensors, _semi_structured)
+    write_torch(result, writing.destination)
     return result
 
 

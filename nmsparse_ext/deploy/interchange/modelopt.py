@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import FormatError
 from ...tensor import NMTensor
 from ...weights import canonical_name
 from ._containers import write_torch
-from ._packing import dense, mask_of, pack_masked
+from ._packing import dense, mask_of, pack_all_masked
 from ._peer import PeerFormat, Reading, Source, Writing
 
 _MASK = "_weight_mask"
@@ -34,17 +33,11 @@ def _is_mask(name: str) -> bool:
 
 
 def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
-    known = reading.weights()
-    result = {name: tensor for name, tensor in source.tensors.items() if not _is_mask(name)}
-    for mask_name, mask in source.tensors.items():
-        if not _is_mask(mask_name):
-            continue
-        name = mask_name.removesuffix(_MASK) + "weight"
-        if name not in result:
-            raise FormatError(f"there is a mask {mask_name!r}, but no {name!r}")
-        group_dim = reading.group_dim(name, result[name], known)
-        result[name] = pack_masked(name, result[name], mask, reading, group_dim)
-    return result
+    tensors = {name: tensor for name, tensor in source.tensors.items() if not _is_mask(name)}
+    masks = {
+        name.removesuffix(_MASK) + "weight": mask for name, mask in source.tensors.items() if _is_mask(name)
+    }
+    return pack_all_masked(tensors, masks, reading)
 
 
 def _write(writing: Writing) -> dict[str, Any]:
@@ -73,8 +66,7 @@ def _write(writing: Writing) -> dict[str, Any]:
         },
         "model_state_dict": result,
     }
-    if writing.destination is not None:
-        write_torch(checkpoint, writing.destination)
+    write_torch(checkpoint, writing.destination)
     return checkpoint
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from safetensors.torch import save_file as write_safetensors
 from torch import Tensor
 
-from ..._atomic import atomic_write
 from ..files import save_file
 from ..stored import identity, unlayout
-from ._containers import write_torch
+from ._containers import write_plain, write_torch
 from ._packing import dense, pack_dense
 from ._peer import PeerFormat, Reading, Source, Writing
 
@@ -41,15 +39,10 @@ def _write_dense(writing: Writing) -> dict[str, Tensor]:
     made: dict[int, Tensor] = {}
     tensors = {name: made.setdefault(id(t), dense(t)) for name, t in writing.tensors.items()}
     path = writing.destination
-    if path is None:
-        return tensors
-    if not path.endswith(".safetensors"):
+    if path is not None and path.endswith(".safetensors"):
+        write_plain(tensors, path)  # without the ties: any reader finds each name
+    else:
         write_torch(tensors, path)
-        return tensors
-    # Without the ties: any reader finds each name. What is stored twice must not share memory.
-    plain = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
-    with atomic_write(path) as file:
-        write_safetensors(plain, file.name, {"format": "pt"})
     return tensors
 
 

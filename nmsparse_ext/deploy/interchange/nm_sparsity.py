@@ -51,8 +51,7 @@ def _write(writing: Writing) -> dict[str, Tensor]:
     """Dense weights with their zeros: masks chosen among them keep what was kept."""
     # Its models are wrapped for several GPUs when they are saved, and when they are loaded.
     result = {f"module.{name}": dense(tensor) for name, tensor in writing.tensors.items()}
-    if writing.destination is not None:
-        write_torch({"state_dict": result}, writing.destination)
+    write_torch({"state_dict": result}, writing.destination)
     return result
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import FormatError
 from ...tensor import NMTensor
 from ._containers import write_torch
-from ._packing import dense, mask_of, pack_masked
+from ._packing import in_form, mask_of, pack_all_masked, split_name
 from ._peer import PeerFormat, Reading, Source, Writing
 
 _ORIGINAL = re.compile(r"(.*\.)?parametrizations\.([^.]+)\.original")
@@ -26,7 +26,6 @@ _MASK = re.compile(r"(.*\.)?parametrizations\.([^.]+)\.([0-9]{1,4})\.mask")
 
 
 def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
-    known = reading.weights()
     originals: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     result: dict[str, Tensor] = {}
@@ -50,7 +49,7 @@ def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
     for name in masks:
         if name not in originals:
             raise FormatError(f"there is a mask of {name!r}, but no original")
-    for name, weight in originals.items():
+    for name in originals:
         if name in result:
             raise FormatError(f"{name!r} has an original, but is there too")
         if name not in masks:
@@ -58,25 +57,19 @@ def _read(source: Source, reading: Reading) -> dict[str, Tensor]:
                 f"{name!r} has an original, but no mask: state dicts do not have it. Save the sparsifier's "
                 "state_dict() in the same checkpoint, or call its squash_mask() before saving"
             )
-        group_dim = reading.group_dim(name, weight, known)
-        result[name] = pack_masked(name, weight, masks[name], reading, group_dim)
-    return result
+    return result | pack_all_masked(originals, masks, reading)
+
+
+def _parametrized(name: str, weight: NMTensor) -> dict[str, Tensor]:
+    module, parameter = split_name(name)
+    mask = mask_of(weight).to(weight.dtype if weight.is_floating_point() else torch.float32)
+    prefix = f"{module}parametrizations.{parameter}."
+    return {prefix + "original": weight.to_dense(), prefix + "0.mask": mask}
 
 
 def _write(writing: Writing) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = {}
-    for name, tensor in writing.tensors.items():
-        if not isinstance(tensor, NMTensor):
-            result[name] = tensor.detach()
-            continue
-        module, _, parameter = name.rpartition(".")
-        prefix = f"{module}{'.' if module else ''}parametrizations.{parameter}."
-        result[prefix + "original"] = dense(tensor)
-        result[prefix + "0.mask"] = mask_of(tensor).to(
-            tensor.dtype if tensor.is_floating_point() else torch.float32
-        )
-    if writing.destination is not None:
-        write_torch(result, writing.destination)
+    result = in_form(writing.tensors, _parametrized)
+    write_torch(result, writing.destination)
     return result
 
 
