@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def stored():
     plan = load_plan(Path("search_study"))
-    return plan, read_records(ROOT / "bench" / "results" / "search_study.jsonl", plan.digest)
+    return plan, read_records(ROOT / "bench" / "results" / "search_study.jsonl", plan.digest, *plan.extends)
 
 
 def test_every_run_is_one_of_the_plan(stored):
@@ -44,6 +44,20 @@ def test_no_scheme_keeps_more_than_its_uniform_pattern(stored):
                 for name, size in record["sizes"].items()
             )
             assert kept / sum(record["sizes"].values()) == pytest.approx(record["shares"]["params"], abs=1e-6)
+
+
+def test_budgets_of_the_gpt_are_of_both(stored):
+    """Which is why it has no budgets of MACs of its own."""
+    for record in stored[1].values():
+        if record["experiment"] == "gpt" and record["arm"] != "dense":
+            assert record["shares"]["macs"] == pytest.approx(record["shares"]["params"], abs=1e-6)
+
+
+def test_every_budget_is_one_of_weights_and_of_macs(stored):
+    plan, records = stored
+    assert all(job.key in records for job in plan.jobs())
+    budgets = plan.experiment("digits").budgets
+    assert budgets["macs"] == budgets["params"] == plan.experiment("gpt").budgets["params"]
 
 
 def test_page_is_up_to_date(stored):

@@ -14,7 +14,7 @@ from recipes.search_plan import SEARCH_PLAN
 
 from nmsparse_ext.recipes.study.plan import load_plan
 from nmsparse_ext.recipes.study.report import write_report
-from nmsparse_ext.recipes.study.runs import run_study
+from nmsparse_ext.recipes.study.runs import read_records, run_study
 from nmsparse_ext.recipes.study.search.comparisons import compare_all, figures_by_seed
 from nmsparse_ext.recipes.study.search.figures import kept_by_layer
 from nmsparse_ext.recipes.study.search.methods import METHODS
@@ -55,6 +55,7 @@ def test_jobs(plan_of):
     [
         ('kind = "search"', 'kind = "grid"', "kind must be one of sr-ste, search, got 'grid'"),
         ('"uniform", ', '"even", ', r"digits.arms must be of uniform, .*, got even"),
+        ('kind = "search"', 'kind = "search"\nextends = "a"', "extends must be a list of digests"),
         ("budgets.params", "budgets.bytes", "digits.budgets must be lists of patterns by metric"),
         ("pilot_seeds = [1]", "pilot_seeds = [11]", r"digits: seeds \[11\] are both of the pilot runs"),
         ("pilot_seeds = [1]\n", "", "digits must be a table with the entries"),
@@ -110,6 +111,29 @@ def test_run_and_resume(tmp_path, plan_of):
     assert page.name == "search_study.md"
     with pytest.raises(ValueError, match="the plan has no experiment 'gpt'; there are digits"):
         run_study(parts, plan_of(text), only="gpt")
+
+
+def test_a_plan_that_extends_another_goes_on_with_its_runs(tmp_path, plan_of):
+    text = SEARCH_PLAN.replace("seeds = [11, 12]", "seeds = [11]")
+    text = text.replace('"erk", "domino", "magnitude", "taylor", "output", "refined"', '"erk"')
+    first = plan_of(text)
+    file = tmp_path / "r.jsonl"
+    assert run_study(file, first)
+    before = results(file)
+    more = text.replace('budgets.macs = ["4:16"]', 'budgets.macs = ["4:16", "1:16"]')
+    with pytest.raises(ValueError, match=f"a run of plan {first.digest}, not of"):
+        run_study(file, plan_of(more))
+    plan = plan_of(f'extends = ["{first.digest}"]\n{more}')
+    assert run_study(file, plan)
+    after = results(file)
+    assert before.items() <= after.items()
+    assert {after[key]["plan"] for key in after.keys() - before.keys()} == {plan.digest}
+    assert set(after) == {job.key for job in plan.jobs()}
+    page = write_report(file, plan, tmp_path / "out").read_text()
+    assert f"It extends an earlier one ({first.digest}): 4 of the runs are of that one" in page
+    assert "seen before the other 2 were made" in page
+    records = read_records(file, plan.digest, first.digest)
+    assert "extends" not in render({key: records[key] for key in before}, first)
 
 
 def test_pilot_runs_do_not_look_at_test_data(plan_of):
@@ -197,6 +221,16 @@ def test_figures_by_seed(many_seeds):
     whole = figures_by_seed(records, experiment, "erk", "all", "params")
     assert whole[13] is None
     assert 14 not in whole
+
+
+def test_budgets_that_are_of_both_say_so(many_seeds):
+    records = made_up(many_seeds, accuracy)
+    assert "at equal weights, mean" in short_table(records, many_seeds)
+    for record in records.values():
+        if "shares" in record:
+            record["shares"]["macs"] = record["shares"]["params"]
+    assert "at equal weights and MACs, mean" in short_table(records, many_seeds)
+    assert "**At equal weights and MACs**" in render(records, many_seeds)
 
 
 def test_kept_by_layer(many_seeds):

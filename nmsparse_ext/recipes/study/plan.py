@@ -51,13 +51,15 @@ class Plan(ABC, Generic[J, E]):
     Attributes:
         experiments: Its experiments.
         alpha: Level of the tests and intervals.
-        digest: Names the plan's exact text; every result carries it.
+        digest: Names the plan's exact text; every result carries it, or one of `extends`.
+        extends: Digests of earlier texts that this plan only adds runs to: their results are results of it.
         page: The name of its page, without ``.md``; its plots begin with it too.
     """
 
     experiments: tuple[E, ...]
     alpha: float
     digest: str
+    extends: tuple[str, ...] = ()
     page: ClassVar[str]
 
     def experiment(self, name: str) -> E:
@@ -106,15 +108,19 @@ def load_plan(path: Path | None = None) -> Plan[Any, Any]:
         text = path.read_text(encoding="utf-8")
     contents = _parse_toml(text)
     alpha, kind = contents.pop("alpha", 0.05), contents.pop("kind", "sr-ste")
+    extends = contents.pop("extends", [])
     if not isinstance(alpha, float) or not 0 < alpha < 1:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha!r}")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if not isinstance(extends, list) or not all(isinstance(digest, str) for digest in extends):
+        raise ValueError(f"extends must be a list of digests of earlier plans, got {extends!r}")
     module = import_module(f"nmsparse_ext.recipes.study.{KINDS[kind]}")
     experiments = tuple(module.experiment_from(name, entry) for name, entry in contents.items())
     if not experiments:
         raise ValueError("the plan has no experiments")
-    return module.STUDY(experiments, alpha, hashlib.sha256(text.encode()).hexdigest()[:12])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return module.STUDY(experiments, alpha, digest, tuple(extends))
 
 
 def table(name: str, entry: Any, keys: set[str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def write_report(results: Path, plan: Plan[Any, Any], folder: Path) -> Path:
     Raises:
         ValueError: If there are no results, or they are of another plan.
     """
-    records = read_records(results, plan.digest)
+    records = read_records(results, plan.digest, *plan.extends)
     if not records:
         raise ValueError(f"{results} holds no results")
     (folder / "images").mkdir(parents=True, exist_ok=True)

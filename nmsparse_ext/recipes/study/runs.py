@@ -18,12 +18,12 @@ from nmsparse_ext.recipes.loop import Outcome
 from nmsparse_ext.recipes.study.plan import Plan, Record
 
 
-def read_records(path: Path, digest: str | None = None) -> dict[str, Record]:
+def read_records(path: Path, *digests: str) -> dict[str, Record]:
     """Read a file of results.
 
     Args:
         path: The file; none is as good as an empty one.
-        digest: The plan's digest that every result must carry.
+        digests: Of the plan, and of those that it extends: every result must carry one. None: any will do.
 
     Returns:
         ``{key of the run: result}``. A last line that was cut short is left out.
@@ -38,8 +38,9 @@ def read_records(path: Path, digest: str | None = None) -> dict[str, Record]:
         if not line.endswith("\n"):
             break
         record = json.loads(line)
-        if digest is not None and record["plan"] != digest:
-            raise ValueError(f"{path}, line {number}: a run of plan {record['plan']}, not of {digest}")
+        if digests and record["plan"] not in digests:
+            wanted = " or ".join(digests)
+            raise ValueError(f"{path}, line {number}: a run of plan {record['plan']}, not of {wanted}")
         if record["key"] in records:
             raise ValueError(f"{path}, line {number}: the run {record['key']} is there twice")
         records[record["key"]] = record
@@ -77,7 +78,7 @@ def run_study(
     with path.open("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _drop_torn_line(file)
-        records = read_records(path, plan.digest)
+        records = read_records(path, plan.digest, *plan.extends)
         wanted = None if only is None else plan.experiment(only).name
         jobs = [job for job in plan.jobs() if wanted in (None, job.experiment)]
         missing = [job for job in jobs if job.key not in records]

@@ -30,7 +30,12 @@ def caveats(plan: SearchPlan) -> list[str]:
         "- Sizes, lengths, learning rates, λ and the constants above were settled with seeds "
         f"{', '.join(map(str, _pilot_seeds(plan)))}, on validation data alone; λ and the learning rate of "
         "the fine-tuning by uniform schemes. The tested runs read the test data once, after the last step. "
-        "While they were being made, this page was looked at; the plan stayed as it was.",
+        "While they were being made, this page was looked at; "
+        + ("the plan got more budgets, else it" if plan.extends else "the plan")
+        + " stayed as it was.",
+        "- Times were taken beside other work"
+        + (", those of the extension in another sitting than the rest" if plan.extends else "")
+        + ". All ways have equally many searches in each, so compare ways, and budgets only with care.",
         "- All runs are in `bench/results/search_study.jsonl`, one a line, with their schemes and curves.",
     ]
     missing = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -37,7 +38,7 @@ def render(records: Records, plan: SearchPlan) -> str:
         "",
         f"Made by `nmsparse study report --plan search_study` from {made} of {len(jobs)} runs of the plan "
         f"`recipes/search_study.toml` (digest {plan.digest}), {seconds / 60:.0f} minutes of one core "
-        "together. The plan was fixed before the tested runs were made.",
+        f"together. The plan was fixed before the tested runs were made.{_extension(records, plan)}",
         "",
         *_what(plan),
         "",
@@ -53,6 +54,24 @@ def render(records: Records, plan: SearchPlan) -> str:
             lines += ["", *_experiment(records, experiment, comparisons, plan)]
     lines += ["", *caveats(plan)]
     return "\n".join(lines) + "\n"
+
+
+def _extension(records: Records, plan: SearchPlan) -> str:
+    """Which runs were known when the plan got its present form."""
+    before = sum(record["plan"] in plan.extends for record in records.values())
+    if not before:
+        return ""
+    return (
+        f" It extends an earlier one ({', '.join(plan.extends)}): {before} of the runs are of that one, and "
+        f"were seen before the other {len(records) - before} were made; none was made again."
+    )
+
+
+def what_is_equal(records: Records, experiment: Experiment, metric: str) -> str:
+    """What ways have in common at a budget: weights or MACs, or both where they come to the same."""
+    shares = [r["shares"] for r in records.values() if r["experiment"] == experiment.name and "shares" in r]
+    same = bool(shares) and all(math.isclose(s["params"], s["macs"], abs_tol=1e-6) for s in shares)
+    return "weights and MACs" if same else WHAT[metric]
 
 
 def _what(plan: SearchPlan) -> list[str]:
@@ -163,7 +182,7 @@ def short_table(records: Records, plan: SearchPlan) -> str:
         for metric, patterns in experiment.budgets.items()
     ]
     heads = [
-        f"{experiment.name}, {experiment.metric} at equal {WHAT[metric]}, "
+        f"{experiment.name}, {experiment.metric} at equal {what_is_equal(records, experiment, metric)}, "
         + (f"mean of {len(experiment.budgets[metric])} budgets" if case == ALL else case)
         for experiment, case, metric in columns
     ]
@@ -230,8 +249,9 @@ def _main_table(
     plan: SearchPlan,
 ) -> list[str]:
     """The metric by budget and way, with both comparisons."""
+    equal = what_is_equal(records, experiment, metric)
     lines = [
-        f"**At equal {WHAT[metric]}**: test {experiment.metric} (mean ± half width of the "
+        f"**At equal {equal}**: test {experiment.metric} (mean ± half width of the "
         f"{100 * (1 - plan.alpha):g} % interval), what is kept of the searched weights and of their MACs "
         "(mean), and the paired differences [interval] with p-values after Holm's correction.",
         "",
