@@ -71,7 +71,7 @@ Tensor panel_unpack_cpu(const Tensor& value_panels, const Tensor& index_panels, 
   const PanelForm form = form_of(value_panels, index_panels, n, m, rows, k);
   const int64_t grain = ceil_div(kThreadWork, std::max<int64_t>(1, k));
   torch::stable::parallel_for(0, panel_count(rows), grain, [&](int64_t begin, int64_t end) {
-    unpack_panels(form, dense.mutable_data_ptr(), begin, end);
+    kernels().unpack_panels(form, dense.mutable_data_ptr(), begin, end);
   });
   return dense;
 }

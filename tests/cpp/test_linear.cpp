@@ -45,14 +45,47 @@ void test_layout() {
   }
 }
 
+// With the instruction set that is on; each half as if by a thread of its own.
+void unpack(const nms::PanelForm& form, void* dense) {
+  const int64_t panels = nms::panel_count(form.rows);
+  nms::kernels().unpack_panels(form, dense, 0, panels / 2);
+  nms::kernels().unpack_panels(form, dense, panels / 2, panels);
+}
+
+void check_unpack(DType dtype, Pattern p, int64_t rows, int64_t k) {
+  Weight w(dtype, p.n, p.m, rows, k);
+  Array dense(dtype, rows * k);
+  unpack(w.form(dtype, rows, k), dense.data());
+  CHECK(std::memcmp(dense.data(), w.dense.data(), rows * k * size_of(dtype)) == 0);
+}
+
 void test_unpack() {
-  for (const Pattern p : kPatterns) {
-    for (const DType dtype : kTypes) {
-      for (const auto& [rows, k] : {std::pair<int, int>{1, 1}, {16, 64}, {5, 33}, {40, 31}, {17, 96}}) {
-        Weight w(dtype, p.n, p.m, rows, k);
-        Array dense(dtype, rows * k);
-        nms::unpack_panels(w.form(dtype, rows, k), dense.data(), 0, nms::panel_count(rows));
-        CHECK(std::memcmp(dense.data(), w.dense.data(), rows * k * size_of(dtype)) == 0);
+  for (const DType dtype : kTypes) {
+    for (const Pattern p : kPatterns)
+      for (const auto& [rows, k] : {std::pair<int, int>{1, 1}, {16, 64}, {5, 33}, {40, 31}, {17, 96}})
+        check_unpack(dtype, p, rows, k);
+    for (int m = 1; m <= nms::kMaxPanelM; ++m)
+      for (int n = 1; n <= m; ++n) check_unpack(dtype, {n, m}, random_int(1, 40), random_int(1, 300));
+  }
+  // Large enough to be written past the cache.
+  check_unpack(DType::kFloat32, {1, 16}, 1030, 4096);
+  check_unpack(DType::kFloat32, {1, 4}, 1030, 4100);
+  check_unpack(DType::kBFloat16, {1, 8}, 2050, 4096);
+  check_unpack(DType::kFloat16, {2, 16}, 2050, 4096);
+}
+
+// Fields that no packing writes: the same weight from every instruction set, and nothing written beside it.
+void test_unpack_damaged() {
+  for (int m = 1; m <= nms::kMaxPanelM; ++m) {
+    for (int n = 1; n <= m; ++n) {
+      for (const DType dtype : kTypes) {
+        const int64_t rows = random_int(1, 40), k = random_int(1, 150);
+        Weight w(dtype, n, m, rows, k);
+        for (uint32_t& word : w.panel_words) word ^= static_cast<uint32_t>(rng());
+        Array dense(dtype, rows * k), wanted(dtype, rows * k);
+        unpack(w.form(dtype, rows, k), dense.data());
+        nms::unpack_panels(w.form(dtype, rows, k), wanted.data(), 0, nms::panel_count(rows));
+        CHECK(std::memcmp(dense.data(), wanted.data(), rows * k * size_of(dtype)) == 0);
       }
     }
   }
@@ -201,11 +234,12 @@ void test_kernels(const char* name, const nms::LinearTable& kernels) {
 
 int main() {
   test_layout();
-  test_unpack();
   test_restore();
   for (const char* isa : nms::cpu_isas()) {
     CHECK(nms::set_cpu_isa(isa));
     test_pack();
+    test_unpack();
+    test_unpack_damaged();
     test_kernels(isa, nms::kernels().linear);
   }
 #if defined(__x86_64__)

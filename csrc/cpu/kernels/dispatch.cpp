@@ -58,6 +58,7 @@ const std::vector<Level>& levels() {  // slowest first; only those that this hos
       if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
         use_vnni_int8(found.back().table.int8);
       found.back().table.pack_panels = &pack_panels_avx512;
+      found.back().table.unpack_panels = &unpack_panels_avx512;
     }
 #endif
     return found;

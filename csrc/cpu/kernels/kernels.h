@@ -98,6 +98,7 @@ struct Kernels {
   Int8Table int8 = {};                                                            // the same
   MatmulTable matmul = {};                                                        // the same
   PackPanelsFn pack_panels = &nms::pack_panels;                                   // the same
+  UnpackPanelsFn unpack_panels = &nms::unpack_panels;                             // the same
 };
 
 // One table per instruction set; a kernel without a faster version stays the scalar one.

@@ -1,4 +1,4 @@
-// Making panels from the packed form, and the dense weight from panels.
+// Making panels from the packed form.
 #include "linear_pack.h"
 
 #include <algorithm>
@@ -98,55 +98,6 @@ void pack_panel_of(const PanelForm& form, const Element* values, const uint8_t* 
   }
 }
 
-// One row's window of the dense weight.
-template <class Element>
-void unpack_window(const PanelLayout& layout, const Element* values /* of the lane and half, at the step */,
-                   const uint32_t* words /* of the lane */, int64_t step, int half, Element (&window)[kWindowInputs]) {
-  const uint32_t mask = (1u << layout.index_bits) - 1;
-  const int64_t slot_stride = layout.slot_values();
-  std::fill_n(window, kWindowInputs, Element{0});
-  int64_t position = step * layout.slots;
-  const uint32_t* word = words + layout.word_of(position) * kPanelRows;
-  int field = static_cast<int>(position % layout.fields);
-  const int first_shift = layout.shift_of(0, half);
-  for (int slot = 0; slot < layout.slots; ++slot) {
-    const uint32_t stored = *word >> (first_shift + field * layout.index_bits) & mask;
-    window[layout.place_of(stored, slot)] = values[slot * slot_stride];
-    if (++field == layout.fields) {
-      field = 0;
-      word += kPanelRows;
-    }
-  }
-}
-
-template <class Element>
-void unpack_panel(const PanelForm& form, Element* dense, int64_t panel) {
-  const PanelLayout& layout = form.layout;
-  const int64_t first_row = panel * kPanelRows;
-  const int lanes = static_cast<int>(std::min<int64_t>(kPanelRows, form.rows - first_row));
-  const Element* values = static_cast<const Element*>(form.values) + panel * layout.panel_values();
-  const uint32_t* words = form.indices + panel * layout.panel_words();
-  for (int64_t first = 0; first < layout.steps; first += kStretch) {
-    const int64_t last = std::min(first + kStretch, layout.steps);
-    for (int lane = 0; lane < lanes; ++lane) {
-      Element* row = dense + (first_row + lane) * form.k;
-      for (int64_t step = first; step < last; ++step) {
-        for (int half = 0; half < layout.halves; ++half) {
-          Element window[kWindowInputs];
-          unpack_window(layout, values + step * layout.slots * layout.slot_values() + lane * layout.halves + half,
-                        words + lane, step, half, window);
-          const int64_t start = (step * layout.halves + half) * layout.window;
-          const int64_t count = std::min<int64_t>(layout.window, form.k - start);
-          if (count == kWindowInputs)
-            std::memcpy(row + start, window, sizeof(window));
-          else if (count > 0)
-            std::memcpy(row + start, window, static_cast<size_t>(count) * sizeof(Element));
-        }
-      }
-    }
-  }
-}
-
 template <class Fn>
 void switch_element(int size, Fn fn) {
   switch (size) {
@@ -170,13 +121,6 @@ void pack_panels(const PanelForm& form, const void* values, const uint8_t* indic
                  : form.layout.halves == 2 ? pack_panel_of<2, Element>
                                            : pack_panel_of<4, Element>;
     for (int64_t panel = first; panel < last; ++panel) pack(form, static_cast<const Element*>(values), indices, panel);
-  });
-}
-
-void unpack_panels(const PanelForm& form, void* dense, int64_t first, int64_t last) {
-  switch_element(form.element_size, [&](auto element) {
-    using Element = decltype(element);
-    for (int64_t panel = first; panel < last; ++panel) unpack_panel(form, static_cast<Element*>(dense), panel);
   });
 }
 

@@ -28,5 +28,8 @@ void restore_panels(const PanelForm& form, void* values, uint8_t* indices, int64
 
 // The dense rows [rows, k], contiguous, of panels [first, last).
 void unpack_panels(const PanelForm& form, void* dense, int64_t first, int64_t last);
+void unpack_panels_avx512(const PanelForm& form, void* dense, int64_t first,
+                          int64_t last);  // x86-64 only: the same, for processors that have it
+using UnpackPanelsFn = decltype(&unpack_panels);
 
 }  // namespace nms
