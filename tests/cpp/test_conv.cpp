@@ -81,8 +81,8 @@ void check_conv(DType dtype, Pattern p, const ConvShape& shape, int64_t groups, 
   const int64_t channels = groups * inputs, places = shape.in[0] * shape.in[1] * shape.in[2];
   Array x(dtype, shape.batch * places * channels), bias(dtype, outputs), y(dtype, shape.pixels() * outputs);
   for (int64_t i = 0; i < shape.batch * places * channels; ++i) x.set(i, random_number());
-  for (int64_t i = 0; i < outputs; ++i) bias.set(i, random_number());
-  const bool adds = random_int(0, 1) == 1;
+  const bool has_bias = random_int(0, 2) > 0, adds = random_int(0, 1) == 1, relu = random_int(0, 1) == 1;
+  for (int64_t i = 0; i < outputs; ++i) bias.set(i, has_bias ? random_number() : 0);
   Array residual(dtype, shape.pixels() * outputs);
   for (int64_t i = 0; i < shape.pixels() * outputs; ++i) residual.set(i, adds ? random_number() : 0);
 
@@ -103,11 +103,11 @@ void check_conv(DType dtype, Pattern p, const ConvShape& shape, int64_t groups, 
   problem.x_place[1] = shape.in[2] * channels;
   problem.x_place[0] = shape.in[1] * problem.x_place[1];
   problem.x_image = places * channels;
-  problem.bias = bias.data();
+  problem.bias = has_bias ? bias.data() : nullptr;
   problem.residual = adds ? residual.data() : nullptr;
   problem.y = y.data();
   problem.element_size = size_of(dtype);
-  problem.activation = nms::Activation::kRelu;
+  problem.activation = relu ? nms::Activation::kRelu : nms::Activation::kNone;
   nms::choose_conv_blocks(problem, threads);
   ++(problem.by_lines ? counts.by_lines : counts.by_tiles);
   const int64_t bytes = nms::conv_block_memory(problem);
@@ -134,7 +134,7 @@ void check_conv(DType dtype, Pattern p, const ConvShape& shape, int64_t groups, 
           sum += x.get(place * channels + o / group_outputs * inputs + c) * w.dense.get((o * taps + t) * tap + c);
       }
       Array wanted(dtype, 1);
-      wanted.set(0, std::max(sum, 0.0));
+      wanted.set(0, relu ? std::max(sum, 0.0) : sum);
       if (y.get(pixel * outputs + o) == wanted.get(0)) continue;
       std::fprintf(stderr, "%s: %d:%d, %d to %d channels, pixel %d, output %d: got %g, want %g\n", table.isa, p.n, p.m,
                    static_cast<int>(inputs), static_cast<int>(outputs), static_cast<int>(pixel), static_cast<int>(o),

@@ -92,10 +92,13 @@ class ConvBlock {
           if (panel == 0) x.pack(tile);
           if (last == layout_.steps) fetch_outputs(tile, panel, at_once);
           const TileInputs inputs = x.inputs(tile);
-          x.each_run(tile, [&](int64_t from, int64_t to, bool from_zero) {
-            multiply(tile, panel, at_once, step, from, to, from_zero, inputs);
+          bool stored = false;
+          x.each_run(tile, [&](int64_t from, int64_t to, bool from_zero, bool is_last) {
+            const bool stores = is_last && last == layout_.steps && can_store(tile, panel, at_once);
+            multiply(tile, panel, at_once, step, from, to, from_zero, inputs, stores);
+            stored = stored || stores;
           });
-          if (last == layout_.steps) store(tile, panel, at_once);
+          if (last == layout_.steps && !stored) store(tile, panel, at_once);
         });
       }
       step = last;
@@ -118,8 +121,9 @@ class ConvBlock {
       for (int64_t panel = 0; panel < panels_; panel += at_once) {
         at_once = p_.tile(layout_, split.rows(0), panels_ - panel).panels;
         fetch_outputs(tile, panel, at_once);
-        multiply(tile, panel, at_once, 0, 0, steps, true, inputs);
-        store(tile, panel, at_once);
+        const bool stores = can_store(tile, panel, at_once);
+        multiply(tile, panel, at_once, 0, 0, steps, true, inputs, stores);
+        if (!stores) store(tile, panel, at_once);
       }
     });
   }
@@ -218,7 +222,8 @@ class ConvBlock {
       return {b_.x_ + line + tile.first * lines_.place_bytes, lines_.place_bytes};
     }
 
-    // Runs of steps in which the tile's taps lie inside of the image, if only by one place.
+    // Runs of steps in which the tile's taps lie inside of the image, if only by one place. The last of a tile says so,
+    // unless it was in an earlier block of steps.
     template <class Do>
     void each_run(const Tile& tile, const Do& action) const {
       const ConvShape& shape = b_.shape_;
@@ -229,7 +234,7 @@ class ConvBlock {
         begun = begun || run < std::min(run_end, step_);
         const int64_t from = std::max(run, step_), to = std::min(run_end, last_);
         const bool none = last && !begun && last_ == b_.layout_.steps;  // of all steps
-        if (from < to || none) action(from, std::max(from, to), !begun);
+        if (from < to || none) action(from, std::max(from, to), !begun, last);
         begun = begun || from < to;
       };
       const int64_t tap_lines = shape.kernel[0] * shape.kernel[1];
@@ -331,7 +336,7 @@ class ConvBlock {
 
     template <class Do>
     void each_run(const Tile&, const Do& action) const {
-      action(step_, last_, step_ == 0);
+      action(step_, last_, step_ == 0, true);
     }
 
    private:
@@ -393,9 +398,9 @@ class ConvBlock {
     return sums_ + (panel * total_rows_ + tile.first_row * at_once) * kPanelRows * sum_size(p_);
   }
 
-  // Adds what steps [from, to) of a block of steps that begins at `step` give for some panels.
+  // Adds what steps [from, to) of a block of steps that begins at `step` give for some panels. `stores`: and stores it.
   void multiply(const Tile& tile, int64_t panel, int64_t at_once, int64_t step, int64_t from, int64_t to,
-                bool from_zero, const TileInputs& inputs) {
+                bool from_zero, const TileInputs& inputs, bool stores) {
     LinearTile t;
     t.layout = &layout_;
     t.steps = to - from;
@@ -427,6 +432,11 @@ class ConvBlock {
                   (from - step) * step_words;
     }
     t.sums = sums_of(tile, panel, at_once);
+    StoreSums outputs;
+    if (stores) {
+      outputs = outputs_to_store(tile, panel);
+      t.outputs = &outputs;
+    }
     p_.tile(layout_, tile.tile_rows, at_once).run(t);
   }
 
@@ -444,21 +454,36 @@ class ConvBlock {
       for (int64_t at = 0; at < bytes; at += kCacheLine) fetch_to_write(y + at);
   }
 
-  void store(const Tile& tile, int64_t first, int64_t at_once) const {
+  int64_t outputs_end() const { return (group_ + 1) * (p_.outputs / p_.groups); }  // of the group
+
+  // Whether a kernel can store what it has summed; see LinearTile::outputs.
+  bool can_store(const Tile& tile, int64_t panel, int64_t at_once) const {
+    return p_.decoded.decode != nullptr && tile.rows == tile.tile_rows && p_.residual == nullptr &&
+           (p_.activation == Activation::kNone || p_.activation == Activation::kRelu) &&
+           (first_panel_ + panel + at_once) * kPanelRows <= outputs_end();
+  }
+
+  // But for the sums.
+  StoreSums outputs_to_store(const Tile& tile, int64_t panel) const {
+    const int64_t output = (first_panel_ + panel) * kPanelRows;
     StoreSums s;
+    s.sums = nullptr;
     s.y_row = p_.outputs;
     s.rows = tile.rows;
     s.activation = p_.activation;
-    const int64_t group_end = (group_ + 1) * (p_.outputs / p_.groups);
+    s.bias = p_.bias ? static_cast<const uint8_t*>(p_.bias) + output * p_.element_size : nullptr;
+    s.y = outputs_of(tile, output);
+    // Lies as y does.
+    const int64_t at = static_cast<uint8_t*>(s.y) - static_cast<uint8_t*>(p_.y);
+    s.residual = p_.residual ? static_cast<const uint8_t*>(p_.residual) + at : nullptr;
+    s.outputs = static_cast<int>(std::min<int64_t>(kPanelRows, outputs_end() - output));
+    return s;
+  }
+
+  void store(const Tile& tile, int64_t first, int64_t at_once) const {
     for (int64_t i = 0; i < at_once; ++i) {
-      const int64_t output = (first_panel_ + first + i) * kPanelRows;
+      StoreSums s = outputs_to_store(tile, first + i);
       s.sums = sums_of(tile, first, at_once) + i * tile.tile_rows * kPanelRows * sum_size(p_);
-      s.bias = p_.bias ? static_cast<const uint8_t*>(p_.bias) + output * p_.element_size : nullptr;
-      s.y = outputs_of(tile, output);
-      // Lies as y does.
-      const int64_t at = static_cast<uint8_t*>(s.y) - static_cast<uint8_t*>(p_.y);
-      s.residual = p_.residual ? static_cast<const uint8_t*>(p_.residual) + at : nullptr;
-      s.outputs = static_cast<int>(std::min<int64_t>(kPanelRows, group_end - output));
       p_.kernels->store(s);
     }
   }

@@ -46,6 +46,7 @@ struct DecodedTile {
         indices += kGroup * kIndexWords;
       }
     }
+    if (t.outputs != nullptr) return store(*t.outputs, sums);
     NMS_UNROLL
     for (int p = 0; p < kPanels; ++p) {
       NMS_UNROLL
@@ -54,6 +55,21 @@ struct DecodedTile {
   }
 
  private:
+  // As store_rows (linear_rows.h), but from registers; see LinearTile::outputs.
+  static NMS_INLINE void store(const StoreSums& s, Sums& sums) {
+    const uint8_t* bias = static_cast<const uint8_t*>(s.bias);
+    const float least = s.activation == Activation::kRelu ? 0.0f : -std::numeric_limits<float>::infinity();
+    const int64_t row = s.y_row * (Format::kOutputBytes / kPanelRows);
+    NMS_UNROLL
+    for (int p = 0; p < kPanels; ++p) {
+      const Vec more = bias == nullptr ? Format::zero() : Format::outputs(bias + p * Format::kOutputBytes);
+      uint8_t* y = static_cast<uint8_t*>(s.y) + p * Format::kOutputBytes;
+      NMS_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        Format::write_outputs(y + r * row, Format::at_least(least, Format::add(sums[p][r], more)));
+      }
+    }
+  }
   static NMS_INLINE void group(const LinearTile& t, const uint8_t*& values, const uint32_t* indices,
                                const uint8_t*& window, Sums& sums) {
     typename Format::Value value[kPanels][kGroup];

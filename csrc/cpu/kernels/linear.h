@@ -24,6 +24,8 @@ namespace nms {
 constexpr int kMaxTileRows = 16;
 constexpr int kMaxBlockPanels = 32;
 
+struct StoreSums;
+
 // A tile's rows of x times some panels, over some steps; the sums are continued.
 struct LinearTile {
   const void* values;       // [panels, ...]: at the first step
@@ -41,6 +43,9 @@ struct LinearTile {
   const int32_t* x_steps = nullptr;
   int64_t x_row = 0;
   int64_t early_panel = 0;  // kernels of decoded indices: bytes from what is fetched per step for a panel to the next's
+  // Kernels of decoded indices: if given, the sums do not go to memory but from registers to the outputs: of all rows
+  // and of whole panels side by side, without a residual, Activation::kNone or kRelu. Sums and rows of it are not read.
+  const StoreSums* outputs = nullptr;
 };
 using LinearTileFn = void (*)(const LinearTile&);
 

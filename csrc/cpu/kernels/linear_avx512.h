@@ -7,6 +7,7 @@
 //   index         the permutation for one slot: field at bit kShift of the words
 //   load_index    what store_index has written, kIndexBytes of it; 0 where such vectors are of no use
 //   multiply_add  sum + value * (input looked up by index)
+//   outputs       sixteen of them, as numbers: of a bias; write_outputs is the other way
 //
 // Note    Included inside the target region of an AVX-512 source.
 #pragma once
@@ -41,6 +42,8 @@ struct Sums512 {
 
   static NMS_INLINE Vec zero() { return _mm512_setzero_ps(); }
   static NMS_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  // No less than `least` in any lane; NaN passes.
+  static NMS_INLINE Vec at_least(float least, Vec v) { return _mm512_max_ps(_mm512_set1_ps(least), v); }
   static NMS_INLINE Vec load_sums(const void* sums, int row) {
     return _mm512_loadu_ps(static_cast<const float*>(sums) + row * kPanelRows);
   }
@@ -84,18 +87,38 @@ struct Lookup512 : Sums512 {
 
 struct Float32 : Lookup512 {
   static constexpr int kValueBytes = 64;
+  static constexpr int kOutputBytes = 64;
+  static NMS_INLINE Vec outputs(const void* p) { return _mm512_loadu_ps(p); }
+  static NMS_INLINE void write_outputs(void* p, Vec v) { _mm512_storeu_ps(p, v); }
   static NMS_INLINE Value value(const void* p) { return _mm512_loadu_ps(p); }
 };
 
 struct Float16 : Lookup512 {  // computed in float32
   static constexpr int kValueBytes = 32;
+  static constexpr int kOutputBytes = 32;
+  static NMS_INLINE Vec outputs(const void* p) { return value(p); }
+  static NMS_INLINE void write_outputs(void* p, Vec v) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
   static NMS_INLINE Value value(const void* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
   }
 };
 
+// What bfloat16 Formats have in common.
+struct BFloat16Outputs : Sums512 {
+  static constexpr int kOutputBytes = 32;
+  static NMS_INLINE Vec outputs(const void* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static NMS_INLINE void write_outputs(void* p, Vec v) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), narrow_bfloat16(v));
+  }
+};
+
 // Two windows of float32 inputs; the first takes the low halves of values and index words, the second the high ones.
-struct BFloat16 : Sums512 {
+struct BFloat16 : BFloat16Outputs {
   static constexpr int kHalves = 2;
   static constexpr int kValueBytes = 64;
   static constexpr int kInputBytes = 128;

@@ -4,7 +4,7 @@
 #pragma once
 
 // Two windows of bfloat16 inputs in one vector: a permutation of 32 places, then two products a lane.
-struct BFloat16Dot : Sums512 {
+struct BFloat16Dot : BFloat16Outputs {
   static constexpr int kHalves = 2;
   static constexpr int kValueBytes = 64;
   static constexpr int kInputBytes = 64;
