@@ -12,8 +12,7 @@ from torch import Tensor
 from . import cusparselt, ops
 from ._cuda_timing import GRAPH_TOKENS, alternate, graphed, medians
 from .crossover import DENSE, LT, SMALL_BATCH
-from .engines import portable
-from .engines_cuda import Operands, multiply
+from .engines_cuda import Operands, matrix_parts, multiply
 
 if TYPE_CHECKING:
     from .tensor import NMTensor
@@ -28,7 +27,7 @@ class CudaTimer:
     """See `crossover.Timer`. Inputs are random, and their seed is fixed."""
 
     def __init__(self, weight: NMTensor) -> None:
-        values, indices = portable(weight)
+        values, indices = matrix_parts(weight)
         self._pattern, self._k = weight.pattern, weight.k
         self._values, self._indices = values.detach(), indices
         self._random = torch.Generator(values.device).manual_seed(0)

@@ -174,8 +174,9 @@ def _narrow(func: Any, weight: NMTensor, dim: int, start: int, length: int) -> N
 def select(weight: NMTensor, index: int) -> NMTensor:
     """One matrix of a stack, sharing memory."""
     shape = weight.dense_shape()[1:]
-    engine = ENGINES[weight.engine].matrix_engine or (weight.engine if weight.forms() else None)
-    forms = [form.select(0, index) for form in weight.forms()]
+    own = ENGINES[weight.engine]
+    engine = own.matrix_engine or (own.name if own.forms and own.split_rows else None)
+    forms = [] if engine is None else [form.select(0, index) for form in weight.forms()]
     return _piece(weight, weight.group_dim - 1, shape, engine, forms, None, index, 1)
 
 

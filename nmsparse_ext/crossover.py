@@ -292,10 +292,9 @@ class Measured:
         few = [(tokens, branch) for tokens, branch in winners if tokens <= SMALL_BATCH_TOKENS]
         many = winners[len(few) :]
         # The small-batch kernel does not go on without end; and where no dense weight is held, it goes for
-        # as many tokens as it takes rather than nothing that was measured.
-        if few and few[-1][1] == SMALL_BATCH and (not many or DENSE not in ways):
-            few.append((SMALL_BATCH_TOKENS, SMALL_BATCH))
-        elif not few and DENSE not in ways and SMALL_BATCH in possible:
+        # as many tokens as it takes rather than none that was measured.
+        last = few[-1][1] if few else SMALL_BATCH
+        if last == SMALL_BATCH and SMALL_BATCH in possible and (DENSE not in ways or not many):
             few.append((SMALL_BATCH_TOKENS, SMALL_BATCH))
         if not many and few[-1][1] == SMALL_BATCH:
             many = [(SMALL_BATCH_TOKENS + 1, DENSE if DENSE in ways else _many(problem, ways))]

@@ -238,6 +238,7 @@ from . import (  # noqa: E402, F401
     engines_conv,
     engines_cpu,
     engines_cuda,
+    engines_cuda_conv,
     engines_cuda_int8,
     engines_int8,
 )

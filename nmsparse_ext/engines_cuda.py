@@ -21,6 +21,7 @@ graph. A captured CUDA graph has the choice of when it was captured.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +50,12 @@ DEVICES = {"cuda"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Which ways the weights of an engine hold forms for: the small-batch kernel reads the packed form itself.
-WAYS = {"cuda": BRANCHES, "cuda-sparse": (SMALL_BATCH, LT), "cuda-packed": (SMALL_BATCH,)}
+WAYS = {
+    "cuda": BRANCHES,
+    "cuda-conv": BRANCHES,
+    "cuda-sparse": (SMALL_BATCH, LT),
+    "cuda-packed": (SMALL_BATCH,),
+}
 CUDA_ENGINES = tuple(WAYS)
 
 _small_batch_linear = torch.ops.nmsparse.small_batch_linear.default  # found once, see `cusparselt`
@@ -59,19 +65,56 @@ Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def problem_of(weight: NMTensor) -> Problem:
-    """The matrix, as far as its speed depends on it."""
+    """The matrix, or the one that a 1x1 convolution multiplies with, as far as its speed depends on it."""
     values = weight.values
     return Problem(values.device, values.dtype, weight.pattern, weight.rows[0], weight.k)
 
 
+def is_pointwise(weight: NMTensor) -> bool:
+    """Whether a matrix is all there is to a weight: itself, or that of a 1x1 convolution."""
+    return all(size == 1 for size in weight.rows[1:])
+
+
+def matrix_parts(weight: NMTensor) -> tuple[Tensor, Tensor]:
+    """Values and indices of the matrix of `is_pointwise`."""
+    values, indices = weight.values, weight.indices
+    return values.view(values.shape[0], -1), indices.view(indices.shape[0], -1)
+
+
 def why_not_matrix(weight: NMTensor) -> str | None:
-    """Why the engines of GPUs cannot run a weight."""
+    """Why the engines of GPUs cannot run a weight as a matrix."""
+    if len(weight.rows) == 1:
+        return _why_not_here(weight)
+    elsewhere = _why_not_device(weight)
+    return elsewhere or f"it multiplies matrices, the weight has {len(weight.rows) + 1} dimensions"
+
+
+def why_not_conv(weight: NMTensor) -> str | None:
+    """Why they cannot run it as the weight of a convolution."""
+    dims = len(weight.rows) + 1
+    if not 3 <= dims <= 5 or weight.batch:
+        return f"it convolves in 1 to 3 dimensions, the weight has {dims} dimensions"
+    if weight.group_dim != 1:
+        return f"it sums over dim 1 of a weight, groups run along dim {weight.group_dim}"
+    return _why_not_here(weight)
+
+
+def _why_not_packed(weight: NMTensor) -> str | None:
+    return why_not_matrix(weight) if len(weight.rows) == 1 else why_not_conv(weight)
+
+
+def _why_not_device(weight: NMTensor) -> str | None:
     with torch._C.DisableTorchFunctionSubclass():
-        device, dtype = weight.device, weight.dtype
-    if device.type not in DEVICES:
-        return f"it runs on NVIDIA GPUs, the weight is on {device}"
-    if len(weight.rows) != 1:
-        return f"it multiplies matrices, the weight has {len(weight.rows) + 1} dimensions"
+        device = weight.device
+    return None if device.type in DEVICES else f"it runs on NVIDIA GPUs, the weight is on {device}"
+
+
+def _why_not_here(weight: NMTensor) -> str | None:
+    with torch._C.DisableTorchFunctionSubclass():
+        dtype = weight.dtype
+    elsewhere = _why_not_device(weight)
+    if elsewhere is not None:
+        return elsewhere
     if dtype not in _DTYPES:
         return f"it takes weights of {', '.join(map(str, _DTYPES))}, not {dtype}"
     return None
@@ -86,9 +129,7 @@ def _build(weight: NMTensor) -> tuple[Tensor, Tensor]:
     blob = values.new_empty(0, dtype=torch.uint8)
     if not holds_data(values):  # of a device that may not be there
         return ops.unpack(values, indices, weight.pattern, k=weight.k, dim=-1), blob
-    if _measures_now(values.device):
-        measure_once(weight)
-    branches = crossover.choices_for(problem_of(weight)).branches
+    branches = branches_of(weight)
     wants_dense, wants_lt = DENSE in branches, LT in branches
     if not wants_dense and not wants_lt:
         return values.new_empty(0), blob
@@ -96,6 +137,13 @@ def _build(weight: NMTensor) -> tuple[Tensor, Tensor]:
     if wants_lt:
         blob = cusparselt.compress(dense)
     return dense if wants_dense else values.new_empty(0), blob
+
+
+def branches_of(weight: NMTensor) -> tuple[str, ...]:
+    """The ways that some number of tokens goes, measured first where a weight is to be at its first use."""
+    if _measures_now(weight.values.device):
+        measure_once(weight)
+    return crossover.choices_for(problem_of(weight)).branches
 
 
 def _refill(weight: NMTensor, forms: tuple[Tensor, ...]) -> None:
@@ -136,11 +184,11 @@ def measure_once(weight: NMTensor, tokens: tuple[int, ...] = crossover.TOKENS) -
     """Measures for those numbers of tokens that nothing is known of; all that is known.
 
     Raises:
-        ValueError: The weight is not on a GPU, or is no matrix that the engine ``cuda`` runs.
+        ValueError: The weight is not on a GPU, or has no matrix that the engines of GPUs run.
     """
     from ._crossover_timer import CudaTimer
 
-    reason = why_not_matrix(weight)
+    reason = _why_not_packed(weight) if is_pointwise(weight) else why_not_matrix(weight)
     if reason is not None:
         raise ValueError(f"weight cannot be measured: {reason}")
     problem = problem_of(weight)
@@ -157,7 +205,9 @@ def tuned(weight: NMTensor, tokens: int) -> NMTensor:
     A weight that the engines of this module do not run, or that is not on a GPU, comes back as it is; so does
     any in the search mode ``"off"``.
     """
-    if weight.engine not in CUDA_ENGINES or tokens == 0 or not _may_measure(weight.values):
+    if weight.engine not in CUDA_ENGINES or tokens == 0 or not is_pointwise(weight):
+        return weight
+    if not _may_measure(weight.values):
         return weight
     problem = problem_of(weight)
     before = crossover.choices_for(problem)
@@ -173,7 +223,14 @@ def _may_measure(values: Tensor) -> bool:
 def why(weight: NMTensor) -> str:
     """Which way a weight of these engines goes for how many tokens, and why, in words."""
     held = ", ".join(f"{count:,} {form}" for form, count in memory(weight).items() if count)
-    return f"{crossover.why(problem_of(weight), WAYS[weight.engine])}; holds bytes: {held}"
+    if is_pointwise(weight):
+        ways = crossover.why(problem_of(weight), WAYS[weight.engine])
+        ways += "; channels_last inputs only, others dense" if len(weight.rows) > 1 else ""
+    elif weight.engine == "cuda-packed":
+        ways = "unpacked in every call: no sparse kernel convolves but 1x1"
+    else:
+        ways = "dense always: no sparse kernel convolves but 1x1"
+    return f"{ways}; holds bytes: {held}"
 
 
 def memory(weight: NMTensor) -> dict[str, int]:
@@ -187,7 +244,7 @@ def memory(weight: NMTensor) -> dict[str, int]:
 
 def refit(weight: NMTensor) -> NMTensor:
     """The weight with the forms that the table wants by now; itself if it holds just these."""
-    if weight.engine != "cuda":
+    if weight.engine not in ("cuda", "cuda-conv") or not is_pointwise(weight):
         return weight
     branches = crossover.choices_for(problem_of(weight)).branches
     dense, blob = weight.forms()
@@ -379,7 +436,7 @@ def _linear(
             return _product(input, weight.shared.cast_weight(dtype), bias, activation)
         # There is no place where a cast weight could stay, above all not in a graph.
         lower: Operands = (weight.values.to(dtype), weight.indices, None, None)
-        return _with_any_bias(input, lower, weight, bias, activation)
+        return multiply_any(input, lower, weight, bias, activation)
 
 
 def _choices(weight: NMTensor) -> Choices:
@@ -400,16 +457,25 @@ def _product(input: Tensor, weight: NMTensor, bias: Tensor | None, activation: A
         weight.shared.refresh()
     dense = getattr(weight, "form_dense", None)
     blob = getattr(weight, "form_blob", None)
-    return _with_any_bias(input, (weight.values, weight.indices, dense, blob), weight, bias, activation)
+    return multiply_any(input, (weight.values, weight.indices, dense, blob), weight, bias, activation)
 
 
-def _with_any_bias(
+def multiply_any(
     input: Tensor,
     operands: Operands,
     weight: NMTensor,
     bias: Tensor | None,
     activation: Activation,
 ) -> Tensor:
+    """One product, with a bias of any shape that ``F.linear`` takes; through the op where that has to be.
+
+    Args:
+        input: ``[..., k]``.
+        operands: What it is multiplied with, see `multiply`.
+        weight: Whose they are, for its rows and its pattern.
+        bias: Added to the sums.
+        activation: Applied to them.
+    """
     rows = weight.rows[0]
     if bias is None or (bias.dim() == 1 and bias.shape[0] == rows):
         return _dispatched(input, operands, bias, weight.pattern, activation)
@@ -432,6 +498,14 @@ def _dispatched(
     return _run(input, *operands, bias, pattern, activation)
 
 
+def _packed_conv(
+    op: Callable[..., Tensor], input: Tensor, weight: NMTensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    from .engines_cuda_conv import convolve  # which is made of what is here
+
+    return convolve(op, input, weight, *args, **kwargs)
+
+
 def _matmul(input: Tensor, weight: NMTensor) -> Tensor:
     return torch.matmul(input, unpack_rows(weight))
 
@@ -439,9 +513,9 @@ def _matmul(input: Tensor, weight: NMTensor) -> Tensor:
 for _lean in (
     Engine(
         name="cuda-packed",
-        why_not=why_not_matrix,
+        why_not=_why_not_packed,
         linear=_linear,
-        conv=unpacked_conv,
+        conv=_packed_conv,
         activations=ACTIVATIONS,
         automatic=False,
     ),

@@ -204,3 +204,11 @@ def test_compile_and_export() -> None:
         torch.testing.assert_close(compiled(x), dense(x), atol=5e-2, rtol=5e-2)
     program = torch.export.export(packed, (x,))
     torch.testing.assert_close(program.module()(x), dense(x))
+
+
+def test_a_stack_that_was_taken_for_a_convolutions_weight() -> None:
+    """By its shape alone it could be one; as a stack it multiplies all the same."""
+    w = torch.randn(48, 32, 16)
+    packed, x = nms.compress(w, "2:4", dim=1, prune=True), torch.randn(48, 5, 32)
+    torch.testing.assert_close(torch.bmm(x, packed), torch.bmm(x, packed.to_dense()))
+    torch.testing.assert_close(torch.matmul(x, packed), torch.matmul(x, packed.to_dense()))

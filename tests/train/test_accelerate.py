@@ -143,9 +143,7 @@ def test_one_pass_packs_both_ways(dtype: torch.dtype, calls: Calls, monkeypatch:
 
     monkeypatch.setattr(cusparselt, "compress_both_ways", counted)
     options = {"dtype": dtype, "autocast": dtype == torch.float32}
-    mine, other = (
-        made(network(dtype), accelerate, transposable=True) for accelerate in (ALWAYS, None)
-    )
+    mine, other = (made(network(dtype), accelerate, transposable=True) for accelerate in (ALWAYS, None))
     assert_same_training(mine, other, steps=2, accumulate=2, **options)
     # Two layers, two steps, whatever is accumulated; none is packed one way alone.
     assert at_once == [torch.bfloat16] * 4
