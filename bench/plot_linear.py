@@ -15,7 +15,6 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import ScalarFormatter
 
 from nmsparse_ext import Pattern
 
@@ -34,9 +33,10 @@ def draw_panel(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
     axes.axhline(1, color="black", linewidth=1, linestyle="--")
     axes.set_xscale("log", base=4)
     axes.set_yscale("log", base=2)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}x")
     axes.set_xticks(batches)
+    axes.minorticks_off()  # batches are these and no others
     axes.grid(alpha=0.3)
 
 

@@ -10,8 +10,19 @@ from nmsparse_ext.recipes.study.statistics import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 AXIS = {"accuracy": "test accuracy (%)", "loss": "test loss (nats per token)"}
+
+
+def spread(figure: Figure) -> None:
+    """Leaves room between the panels of a figure with a constrained layout."""
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr, call-arg]
+
+
+def legend_below(axes: Axes) -> None:
+    """A legend below the axes, where it hides no data."""
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
 
 
 def draw_seeds(

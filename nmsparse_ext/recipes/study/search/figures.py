@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import nmsparse_ext as nms
 from nmsparse_ext.recipes.study.cells import units
 from nmsparse_ext.recipes.study.plan import Records
-from nmsparse_ext.recipes.study.plots import draw_seeds
+from nmsparse_ext.recipes.study.plots import draw_seeds, spread
 from nmsparse_ext.recipes.study.search.comparisons import LABELS, cases_of, figures_by_seed, job_of
 from nmsparse_ext.recipes.study.search.plan import Experiment
 from nmsparse_ext.recipes.study.statistics import mean_interval
@@ -28,6 +28,7 @@ SHADES = {
     "output": "#c29a12",
     "refined": "#5b3fa8",
 }
+COUNTED = {"params": "weights", "macs": "MACs"}
 AXIS = {"accuracy": "accuracy minus uniform's (points)", "loss": "loss minus uniform's (nats per token)"}
 
 
@@ -40,7 +41,8 @@ def save_figure(experiment: Experiment, records: Records, path: Path, alpha: flo
 
     with matplotlib.rc_context(STYLE):
         budgets = list(experiment.budgets)
-        figure = Figure(figsize=(15, 9 if len(budgets) > 1 else 7.6), layout="constrained")
+        figure = Figure(figsize=(15, 9.6 if len(budgets) > 1 else 8.2), layout="constrained")
+        spread(figure)
         grid = figure.add_gridspec(2, 2)
         if len(budgets) > 1:
             panels = [figure.add_subplot(grid[0, i]) for i in range(2)]
@@ -50,6 +52,9 @@ def save_figure(experiment: Experiment, records: Records, path: Path, alpha: flo
             draw_gain(axes, experiment, records, metric, alpha)
         draw_cost(figure.add_subplot(grid[1, 0]), experiment, records, budgets[0], alpha)
         draw_schemes(figure.add_subplot(grid[1, 1]), experiment, records, budgets[0])
+        handles, labels = panels[0].get_legend_handles_labels()
+        if handles:  # one for all panels, where it hides nothing
+            figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
         return save_png(figure, path)
 
 
@@ -72,12 +77,10 @@ def draw_gain(axes: Axes, experiment: Experiment, records: Records, metric: str,
                        color=SHADES[arm], label=LABELS[arm] if i == 0 else None)  # fmt: skip
     axes.axhline(0, color=SHADES["uniform"], linewidth=1)
     axes.set_xticks(range(len(patterns)), patterns)
-    what = "weights" if metric == "params" else "MACs"
+    what = COUNTED[metric]
     axes.set_xlabel(f"budget: the {what} of this uniform pattern")
     axes.set_ylabel(AXIS[experiment.metric])
     axes.set_title(f"At equal {what}: paired differences, means, intervals")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, ncols=2)
 
 
 def draw_cost(axes: Axes, experiment: Experiment, records: Records, metric: str, alpha: float) -> None:
@@ -95,9 +98,7 @@ def draw_cost(axes: Axes, experiment: Experiment, records: Records, metric: str,
     axes.set_xscale("log")
     axes.set_xlabel("processor time of the search (s, median)")
     axes.set_ylabel(AXIS[experiment.metric])
-    axes.set_title(f"Gain and cost, mean over the budgets of {metric}")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+    axes.set_title(f"Gain and cost, mean over the budgets of {COUNTED[metric]}")
 
 
 def draw_schemes(axes: Axes, experiment: Experiment, records: Records, metric: str) -> None:
@@ -115,10 +116,10 @@ def draw_schemes(axes: Axes, experiment: Experiment, records: Records, metric: s
             axes.text(j, i, f"{2**value:.3g}", ha="center", va="center", fontsize=8,
                       color="white" if value > 0.6 * most else "#1f2a37")  # fmt: skip
     axes.set_yticks(range(len(layers)), [name.removesuffix(".weight") for name in layers], fontsize=8)
-    names = [LABELS[arm].replace(", ", ",\n") for arm in table]
-    axes.set_xticks(range(len(names)), names, fontsize=7.5, rotation=20)
+    names = [LABELS[arm].replace(", ", ",\n").replace("then ", "then\n") for arm in table]
+    axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.grid(False)
-    axes.set_title(f"n of {experiment.m} by layer at {pattern} {metric} (geometric mean over seeds)")
+    axes.set_title(f"n of {experiment.m} by layer at {pattern} {COUNTED[metric]} (geometric mean over seeds)")
 
 
 def kept_by_layer(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nmsparse_ext.recipes.study.cells import units
 from nmsparse_ext.recipes.study.plan import Records
-from nmsparse_ext.recipes.study.plots import AXIS, draw_seeds
+from nmsparse_ext.recipes.study.plots import AXIS, draw_seeds, legend_below, spread
 from nmsparse_ext.recipes.study.sr_ste.comparisons import LABELS, figures_by_seed
 from nmsparse_ext.recipes.study.sr_ste.plan import Experiment
 from nmsparse_ext.recipes.study.statistics import mean_interval
@@ -29,7 +29,8 @@ def save_figure(experiment: Experiment, records: Records, path: Path, alpha: flo
     from nmsparse_ext.report import STYLE
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(15, 4.6), layout="constrained")
+        figure = Figure(figsize=(15, 5), layout="constrained")
+        spread(figure)
         left, middle, right = figure.subplots(1, 3)
         draw_metric(left, experiment, records, alpha)
         draw_sad(middle, experiment, records)
@@ -47,8 +48,9 @@ def draw_metric(axes: Axes, experiment: Experiment, records: Records, alpha: flo
             draw_seeds(axes, x, values, experiment.metric, alpha, color=SHADES[arm], label=label)
     axes.set_xticks(range(len(experiment.patterns)), experiment.patterns)
     axes.set_ylabel(AXIS[experiment.metric])
+    axes.set_xlabel("pattern")
     axes.set_title("Seeds, means, intervals")
-    axes.legend(fontsize=9)
+    legend_below(axes)
 
 
 def draw_sad(axes: Axes, experiment: Experiment, records: Records) -> None:
@@ -79,7 +81,7 @@ def draw_sad(axes: Axes, experiment: Experiment, records: Records) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel("weights that change sides per step (%)")
     axes.set_title(f"SAD at {pattern}")
-    axes.legend(fontsize=9)
+    legend_below(axes)
 
 
 def draw_sweep(axes: Axes, experiment: Experiment, records: Records, alpha: float) -> None:
