@@ -39,3 +39,26 @@ def library() -> tuple[str | None, str]:
         return None, "this is a CPU build"
     loaded = extension.cusparselt_open(candidates())
     return loaded["version"], loaded["reason"]
+
+
+def why_not(device: torch.device | str) -> str | None:
+    """Why tensors of this device do not run on cuSPARSELt; None if they do."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return f"{device.type} tensors run in plain PyTorch"
+    version, reason = library()
+    if version is None:
+        return reason
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "sparse tensor cores begin at compute capability 8.0, this GPU has {}.{}".format(*capability)
+    return None
+
+
+def require(device: torch.device) -> None:
+    """Refuses a device that `why_not` has a reason for."""
+    reason = why_not(device)
+    if reason is not None:
+        raise ValueError(f"cuSPARSELt cannot run on {device}: {reason}")

@@ -39,6 +39,7 @@ from . import _lt_layout as lt
 from . import cusparselt
 from ._build import extension
 from ._checks import ceil_div
+from ._lt_choice import gpu_and_library
 from ._tuned_file import Kind, TunedFile, cache_path
 from .pattern import Pattern
 
@@ -352,7 +353,7 @@ def _bucket(size: int) -> int:
 
 def _machine(device: torch.device) -> tuple[str, str]:
     """Name of the GPU and version of cuSPARSELt."""
-    return cusparselt._gpu(device)
+    return gpu_and_library(device)
 
 
 class Crossovers(TunedFile[Key, Measured]):

@@ -17,8 +17,7 @@ Which of the library's algorithms runs is decided by `set_search_mode`: ``"off"`
 from __future__ import annotations
 
 import functools
-import os
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +26,11 @@ from . import _arguments as arguments
 from . import _lt_layout as lt
 from . import ops
 from ._build import extension
-from ._checks import ceil_div
 from ._lt_autograd import Backing, Epilogue, LtLinear
-from ._lt_library import library
+from ._lt_choice import SearchMode, algorithms_path, chosen, search, search_mode, set_search_mode
+from ._lt_library import library, require, why_not
 from ._lt_probe import usable_layout
-from ._lt_search import DEFAULT, Algorithms, Choice, Found, Key, problem_text
-from ._lt_search import search as checked_search
+from ._lt_search import Algorithms, Choice, Found
 
 if TYPE_CHECKING:
     from .tensor import NMTensor
@@ -42,6 +40,7 @@ __all__ = [
     "Choice",
     "Found",
     "LtWeight",
+    "SearchMode",
     "algorithms_path",
     "clear",
     "linear",
@@ -53,9 +52,6 @@ __all__ = [
     "statistics",
     "why_not",
 ]
-
-SearchMode = Literal["off", "file", "first-use"]
-_MODES = get_args(SearchMode)
 
 _lt_matmul = torch.ops.nmsparse.lt_matmul.default  # found once: a packet looks for the overload in every call
 _epilogue = torch.ops.nmsparse.epilogue.default
@@ -82,22 +78,6 @@ class LtWeight(NamedTuple):
     dtype: torch.dtype
     batches: int = 0
     backing: Backing | None = None
-
-
-def why_not(device: torch.device | str) -> str | None:
-    """Why tensors of this device do not run on cuSPARSELt; None if they do."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return f"{device.type} tensors run in plain PyTorch"
-    version, reason = library()
-    if version is None:
-        return reason
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return "sparse tensor cores begin at compute capability 8.0, this GPU has {}.{}".format(*capability)
-    return None
 
 
 # ------------------------------------------------------------------------------------------------ packing
@@ -147,7 +127,7 @@ def pack(weight: NMTensor, *, gradients: bool = False) -> LtWeight:
         )
     dense = weight.detach().to_dense().contiguous()
     if dense.is_cuda:
-        _require(dense.device)
+        require(dense.device)
     backing = None
     if gradients:
         crosswise = ops.find_violation(dense, wanted, dim=dense.dim() - 2) is None
@@ -218,12 +198,6 @@ def compress_with_library(dense: Tensor) -> Tensor:
     else:
         size = lt.portable_bytes(rows, k, dense.dtype, batches)
     return torch.ops.nmsparse.lt_compress(dense, size)
-
-
-def _require(device: torch.device) -> None:
-    reason = why_not(device)
-    if reason is not None:
-        raise ValueError(f"cuSPARSELt cannot run on {device}: {reason}")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -328,7 +302,7 @@ def multiply(
     is_fused = activation in ("none", "relu") or (activation == "gelu" and x.dtype == out == torch.int8)
     fused = activation if is_fused else "none"
     if choice is None:
-        choice = _chosen(x, weight, out, bias, scales, fused)
+        choice = chosen(x, weight, out, bias, scales, fused)
     if bias is not None:
         bias = bias.contiguous()
     y = _lt_matmul(x, weight.blob, bias, scales, alpha, weight.rows, fused, out, *choice)
@@ -402,152 +376,6 @@ def _check_linear(
             raise ValueError(f"out_dtype must be {x.dtype} where gradients are wanted, got {out_dtype}")
 
 
-# -------------------------------------------------------------------------------------------------- search
-
-_algorithms = Algorithms()
-_mode: SearchMode = "file"
-_recent: dict[tuple[Any, ...], Choice] = {}  # what was chosen, product by product
-_MOST_RECENT = 4096
-
-
-def search_mode() -> SearchMode:
-    """How `linear` chooses among the library's algorithms."""
-    return _mode
-
-
-def set_search_mode(mode: SearchMode, *, path: str | os.PathLike[str] | None = None) -> None:
-    """Says how `linear` chooses among the library's algorithms.
-
-    ``NMSPARSE_CUSPARSELT_SEARCH`` sets it at the start.
-
-    Args:
-        mode: ``"off"``: the library's own choice. ``"file"``: what a search has found. ``"first-use"``: the
-            same, and a search at the first call of a product that the file does not know, which takes a
-            while. While a CUDA graph is being captured no search is made; compiled code leaves the choice to
-            the library.
-        path: The file; by default ``nmsparse_ext/cusparselt.json`` in the user's cache folder.
-    """
-    global _mode, _algorithms
-    arguments.check_choice("mode", mode, _MODES)
-    _mode = mode
-    if path is not None:
-        _algorithms = Algorithms(path)
-    _recent.clear()
-
-
-def algorithms_path() -> str:
-    """The file that found algorithms are kept in."""
-    return str(_algorithms.path)
-
-
-def search(
-    weight: LtWeight,
-    tokens: int,
-    *,
-    bias: bool = False,
-    scales: bool = False,
-    activation: str = "none",
-    out_dtype: torch.dtype | None = None,
-) -> Found:
-    """Finds the fastest of the library's algorithms for one product, on random inputs, and remembers it.
-
-    Every candidate's results are compared with those of algorithm 0 before its time counts.
-
-    Args:
-        weight: What `pack` gave, on a GPU.
-        tokens: How many rows of ``x`` (of each matrix, for a batch of weights).
-        bias: Whether the product will have one.
-        scales: Whether the product will have scales.
-        activation: The activation that the library fuses.
-        out_dtype: dtype of the results.
-
-    Returns:
-        What was found; `linear` uses it from now on, unless the mode is ``"off"``.
-
-    Raises:
-        ValueError: The weight is not on a GPU that runs cuSPARSELt, or the product will not do.
-    """
-    if weight.blob.device.type != "cuda":
-        raise ValueError(f"a search measures on a GPU; the weight is on {weight.blob.device}")
-    _require(weight.blob.device)
-    from ._lt_runner import CudaRunner
-
-    runner = CudaRunner(weight, tokens, bias, scales, activation, out_dtype or weight.dtype)
-    with torch.cuda.device(weight.blob.device):
-        capability = torch.cuda.get_device_capability()
-        found = checked_search(runner, capability, weight.k)
-    _algorithms.add(_key(weight, tokens, bias, scales, activation, out_dtype or weight.dtype), found)
-    return found
-
-
-def _key(
-    weight: LtWeight, tokens: int, bias: bool, scales: bool, activation: str, out_dtype: torch.dtype
-) -> Key:
-    multiple = lt.MULTIPLES[weight.dtype].tokens
-    text = problem_text(
-        weight.dtype,
-        out_dtype,
-        weight.rows,
-        weight.k,
-        ceil_div(tokens, multiple) * multiple,
-        batches=max(weight.batches, 1),
-        bias=bias,
-        scales=scales,
-        activation=activation,
-    )
-    return Key(*_gpu(weight.blob.device), text)
-
-
-@functools.cache
-def _gpu(device: torch.device) -> tuple[str, str]:
-    """Name of the GPU and version of the library."""
-    return torch.cuda.get_device_name(device), library()[0] or "none"
-
-
-def _chosen(
-    x: Tensor,
-    weight: LtWeight,
-    out_dtype: torch.dtype,
-    bias: Tensor | None,
-    scales: Tensor | None,
-    activation: str,
-) -> Choice:
-    """What runs when the caller has not chosen; ``x`` is what the op gets."""
-    if _mode == "off" or x.device.type != "cuda" or torch.compiler.is_compiling():
-        return DEFAULT
-    tokens = x.shape[-2]
-    product = (tokens, bias is not None, scales is not None, activation, out_dtype)
-    which = (
-        _algorithms,
-        _algorithms.added,
-        x.device,
-        weight.dtype,
-        weight.rows,
-        weight.k,
-        weight.batches,
-        *product,
-    )
-    choice = _recent.get(which)
-    if choice is None:
-        choice = _looked_up(weight, *product)
-        if _mode != "first-use" or not torch.cuda.is_current_stream_capturing():
-            if len(_recent) >= _MOST_RECENT:
-                _recent.clear()
-            _recent[which] = choice
-    return choice
-
-
-def _looked_up(
-    weight: LtWeight, tokens: int, bias: bool, scales: bool, activation: str, out_dtype: torch.dtype
-) -> Choice:
-    if tokens == 0 or (_mode == "file" and len(_algorithms) == 0):
-        return DEFAULT
-    found = _algorithms.get(_key(weight, tokens, bias, scales, activation, out_dtype))
-    if found is None and _mode == "first-use" and not torch.cuda.is_current_stream_capturing():
-        found = search(weight, tokens, bias=bias, scales=scales, activation=activation, out_dtype=out_dtype)
-    return DEFAULT if found is None else found.choice
-
-
 # --------------------------------------------------------------------------------------------- bookkeeping
 
 
@@ -578,12 +406,3 @@ def set_plan_limit(limit: int) -> None:
         raise ValueError(f"there is no cuSPARSELt: {reason}")
     assert extension is not None
     extension.cusparselt_set_plan_limit(limit)
-
-
-def _mode_of_environment() -> SearchMode:
-    mode = os.environ.get("NMSPARSE_CUSPARSELT_SEARCH", "").strip() or "file"
-    arguments.check_choice("NMSPARSE_CUSPARSELT_SEARCH", mode, _MODES)
-    return mode  # type: ignore[return-value]
-
-
-_mode = _mode_of_environment()

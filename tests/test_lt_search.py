@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nmsparse_ext as nms
+from nmsparse_ext import _lt_choice as lt_choice
 from nmsparse_ext import _lt_search as lt_search
 from nmsparse_ext import cusparselt
 from nmsparse_ext._lt_search import ALGORITHM_0, DEFAULT, Algorithms, Choice, Found, Key, choices, search
@@ -252,27 +253,27 @@ def test_problems_in_words() -> None:
 @pytest.fixture
 def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[cusparselt.LtWeight]:
     """A weight on a GPU that is none, whose searches find the same result."""
-    before, algorithms = cusparselt.search_mode(), cusparselt._algorithms
+    before, path = cusparselt.search_mode(), cusparselt.algorithms_path()
     cusparselt.set_search_mode("file", path=tmp_path / "a.json")
-    monkeypatch.setattr(cusparselt, "_gpu", lambda device: ("Some GPU", "0.8.0"))
+    monkeypatch.setattr(lt_choice, "gpu_and_library", lambda device: ("Some GPU", "0.8.0"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with FakeTensorMode():
         yield cusparselt.LtWeight(
             torch.empty(576, dtype=torch.uint8, device="cuda"), rows=16, k=32, dtype=torch.float16
         )
-    cusparselt._mode, cusparselt._algorithms = before, algorithms
+    cusparselt.set_search_mode(before, path=path)
 
 
 def chosen(packed: cusparselt.LtWeight, tokens: int = 5) -> Choice:
     """What `linear` would run."""
     x = torch.empty(tokens, 32, dtype=torch.float16, device="cuda")
-    return cusparselt._chosen(x, packed, torch.float16, None, None, "none")
+    return lt_choice.chosen(x, packed, torch.float16, None, None, "none")
 
 
 def test_the_file_decides(packed: cusparselt.LtWeight) -> None:
     assert chosen(packed) == DEFAULT
     key = Key("Some GPU", "0.8.0", "float16 16x32, 8 tokens")
-    cusparselt._algorithms.add(key, FOUND)
+    lt_choice._algorithms.add(key, FOUND)
     assert chosen(packed, 5) == chosen(packed, 8) == FOUND.choice  # both are 8 tokens to the library
     assert chosen(packed, 9) == chosen(packed, 0) == DEFAULT
     cusparselt.set_search_mode("off")
@@ -284,12 +285,10 @@ def test_first_use_searches_once(packed: cusparselt.LtWeight, monkeypatch: pytes
 
     def fake_search(weight: cusparselt.LtWeight, tokens: int, **options: object) -> Found:
         searched.append((tokens, options["out_dtype"]))
-        cusparselt._algorithms.add(
-            cusparselt._key(weight, tokens, False, False, "none", torch.float16), FOUND
-        )
+        lt_choice._algorithms.add(lt_choice._key(weight, tokens, False, False, "none", torch.float16), FOUND)
         return FOUND
 
-    monkeypatch.setattr(cusparselt, "search", fake_search)
+    monkeypatch.setattr(lt_choice, "search", fake_search)
     assert chosen(packed) == DEFAULT
     cusparselt.set_search_mode("first-use")
     assert [chosen(packed, tokens) for tokens in (5, 5, 8, 12)] == [FOUND.choice] * 4

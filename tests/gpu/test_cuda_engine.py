@@ -33,11 +33,11 @@ TOKENS = {SMALL_BATCH: (1, 2, 7, 16, 32), DENSE: (3, 40), LT: (33, 64, 1000)}
 
 @pytest.fixture(autouse=True)
 def _own_tables(tmp_path: Path) -> Iterator[None]:
-    before, algorithms = cusparselt.search_mode(), cusparselt._algorithms
+    before, path = cusparselt.search_mode(), cusparselt.algorithms_path()
     cusparselt.set_search_mode("file", path=tmp_path / "algorithms.json")
     crossover.set_table(tmp_path / "crossovers.json")
     yield
-    cusparselt._mode, cusparselt._algorithms = before, algorithms
+    cusparselt.set_search_mode(before, path=path)
     crossover.set_table(None)
 
 

@@ -162,7 +162,7 @@ def test_graph_capture() -> None:
 
 
 def test_search(tmp_path: Any) -> None:
-    before, algorithms = cusparselt.search_mode(), cusparselt._algorithms
+    before, path = cusparselt.search_mode(), cusparselt.algorithms_path()
     try:
         cusparselt.set_search_mode("file", path=tmp_path / "algorithms.json")
         packed = cusparselt.pack(weight(512, 512, dtype=torch.float16).cuda())
@@ -173,7 +173,7 @@ def test_search(tmp_path: Any) -> None:
         chosen = cusparselt.linear(x, packed)
         assert torch.equal(chosen, cusparselt.linear(x, packed, choice=cusparselt.Choice(0)))
     finally:
-        cusparselt._mode, cusparselt._algorithms = before, algorithms
+        cusparselt.set_search_mode(before, path=path)
 
 
 def test_which_layout_the_library_has(record_property: Any) -> None:
