@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._tensor_tables import FUNCTIONS, implements, unsupported
 from .engines import ENGINES, unpack
-from .tensor import FUNCTIONS, NMTensor, implements, unsupported
+from .tensor import NMTensor
 
 aten = torch.ops.aten
 

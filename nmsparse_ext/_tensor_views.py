@@ -18,8 +18,9 @@ from . import ops
 from ._checks import WEIGHT_DTYPES
 from ._forms import SharedForms
 from ._tensor_checks import refuse_violation
+from ._tensor_tables import FUNCTIONS, implements, unsupported
 from .engines import ENGINES, Engine, best_engine, portable, unpack
-from .tensor import FUNCTIONS, NMTensor, implements, unsupported
+from .tensor import NMTensor
 
 aten = torch.ops.aten
 

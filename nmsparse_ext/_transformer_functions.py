@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tensor import FUNCTIONS
+from ._tensor_tables import FUNCTIONS
 
 
 def _spread(mask: Tensor, mask_type: int | None) -> Tensor:

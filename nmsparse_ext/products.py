@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._panel_layout import ACTIVATIONS
+from ._tensor_tables import FUNCTIONS, implements, unsupported
 from ._tensor_views import select
 from .engines import ENGINES, unpack_rows
 from .panels import Activation
-from .tensor import FUNCTIONS, NMTensor, implements, unsupported
+from .tensor import NMTensor
 
 aten = torch.ops.aten
 

@@ -20,6 +20,7 @@ from ._checks import holds_data
 from ._forms import SharedForms
 from ._ops import schemas
 from ._tensor_checks import check_parts, refuse_violation
+from ._tensor_tables import FUNCTIONS, OPS
 from .engines import ENGINES, Engine, best_engine, find_engine, portable, unpack
 from .pattern import Pattern
 
@@ -34,8 +35,7 @@ class NMTensor(torch.Tensor):
     It has the shape, dtype and device of the dense weight, and stands in for it in ``F.linear``, convolutions
     and matrix products; so an ordinary ``nn.Linear`` or ``nn.Conv2d`` runs with it unchanged. Whatever it
     cannot do raises ``NotImplementedError`` with the name of the operation: nothing turns it into a dense
-    tensor behind your back. Its
-    weights are frozen: gradients reach the input and the bias.
+    tensor behind your back. Its weights are frozen: gradients reach the input and the bias.
 
     Make one with `compress`, or with `from_packed` from parts that came from elsewhere. To change one,
     ``copy_`` a weight into it, or write to ``values`` or ``indices``: what the engine multiplies with is
@@ -412,28 +412,6 @@ def inner_tensors(weight: NMTensor) -> list[Tensor]:
     return [getattr(weight, name) for name in names]
 
 
-# What PyTorch functions do with an NMTensor: public functions (above autograd), and ATen ops (below it) for
-# whoever does not come through those. Filled by the modules
-# imported at the end.
-FUNCTIONS: dict[Callable, Callable] = {}
-OPS: dict[Any, Callable] = {}
-
-
-def implements(*funcs: Any) -> Callable[[Callable], Callable]:
-    """Enters a function into the table of ATen ops, under one or more of them."""
-
-    def register(handler: Callable) -> Callable:
-        OPS.update(dict.fromkeys(funcs, handler))
-        return handler
-
-    return register
-
-
-def unsupported(func: Any, why: str) -> NotImplementedError:
-    """The error for what an op cannot do."""
-    return NotImplementedError(f"NMTensor does not support {func} {why}; work on .to_dense()")
-
-
 def _from_pickle(
     values: Tensor,
     indices: Tensor,
@@ -502,5 +480,5 @@ def compress(
 # Not the class: whoever may call that puts parts together that nobody has checked.
 torch.serialization.add_safe_globals([_from_pickle])
 
-# At the end, because they need the class above; they fill FUNCTIONS and OPS.
+# At the end, because they need the class above; they fill the tables.
 from . import _tensor_functions, _tensor_views, _transformer_functions, products  # noqa: E402, F401

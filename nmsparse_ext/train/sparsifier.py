@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -28,6 +28,7 @@ from .guard import (
     release,
     set_sparsifier,
 )
+from .mask_mapping import MaskMapping
 from .ranks import check_ranks_equal
 from .rules import Rule, Step, make_rule
 from .sad import SadHistory, SadLog
@@ -254,7 +255,7 @@ class Sparsifier:
     def masks(self) -> Mapping[str, Tensor]:
         """``{parameter name: mask}``: bool, the weight's shape, True = kept; unpacked when looked up."""
         self._stepper.catch_up()
-        return _Masks(self)
+        return MaskMapping(self)
 
     def dense_weight(self, name: str) -> Tensor:
         """The dense weight behind a sparse parameter: the live tensor, not a copy.
@@ -492,25 +493,3 @@ class Sparsifier:
                 torch.distributed.all_reduce(counts, group=group)
                 total[:, column] = counts.to(total.device)
         return total
-
-
-class _Masks(Mapping[str, Tensor]):
-    """The masks of a Sparsifier, by parameter or module name."""
-
-    def __init__(self, sparsifier: Sparsifier) -> None:
-        self._sparsifier = sparsifier
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._sparsifier._find(name).whole_mask
-
-    def __contains__(self, name: object) -> bool:
-        return self._sparsifier._resolve(name) is not None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sparsifier._weights)
-
-    def __len__(self) -> int:
-        return len(self._sparsifier._weights)
-
-    def __repr__(self) -> str:
-        return f"masks of {list(self)}"
