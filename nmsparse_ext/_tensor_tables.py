@@ -1,4 +1,4 @@
-"""What PyTorch does with an `NMTensor`: two tables, filled by the modules that ``tensor.py`` imports at its end."""
+"""What PyTorch does with an `NMTensor`: two tables, which the modules at the end of ``tensor.py`` fill."""
 
 from __future__ import annotations
 
