@@ -147,13 +147,13 @@ def main(argv: list[str] | None = None) -> int:
     report = Report(
         "nms.allocate over n:16 with n a power of two, in wall time. Losses of all candidates: for taylor "
         "with 2 steps, forward and backward included, for output with 2 batches, each of 4 images or 256 "
-        "tokens. Gap: how much less the best scheme could lose at most, relative; 0 is proven optimal"
+        "tokens. Gap: how much less the best scheme could lose at most, relative; 0 is proven optimal."
     )
     with threads(options.threads):
         for case in cases(options.dry_run):
             if options.only is None or options.only in case.name:
                 measure(case, report)
-    return report.finish(options.json)
+        return report.finish(options.json)  # which notes the threads
 
 
 if __name__ == "__main__":

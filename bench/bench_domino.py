@@ -162,8 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     with threads(options.threads):
         for setting in settings(options.dry_run):
             time_setting(setting, report, max(options.rounds, 32) if not options.dry_run else 24)
-    print(nms.build_info().cpu_isa)
-    return report.finish(None if options.dry_run else options.json)
+        print(nms.build_info().cpu_isa)
+        return report.finish(None if options.dry_run else options.json)  # which notes the threads
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
@@ -67,6 +68,30 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+@contextmanager
+def own_stdout() -> Iterator[None]:
+    """What others print on stdout meanwhile, in Python or below it, goes to stderr.
+
+    Solvers and the caller's own functions print; stdout is for what a command has to say.
+    """
+    libc = ctypes.CDLL(None)
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    try:
+        sys.stdout.flush()
+        libc.fflush(None)
+        os.dup2(2, 1)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        libc.fflush(None)  # a pipe's buffer may still hold what they printed
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 class Step(Protocol):

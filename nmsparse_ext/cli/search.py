@@ -15,7 +15,7 @@ from nmsparse_ext.cli.options import (
     check_output,
     usage_errors,
 )
-from nmsparse_ext.cli.output import emit, progress, show
+from nmsparse_ext.cli.output import emit, own_stdout, progress, show
 from nmsparse_ext.cli.sources import calibration_batches, load_model
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def search(
                 if calibration is None
                 else calibration_batches(found, model, calibration, batches)
             )
-        with progress("searching"):
+        with progress("searching"), own_stdout():
             scheme, text, record = _run(found, method, criterion, limits, batches, max_steps, arguments)
         if permute is not None and not dry_run:
             from nmsparse_ext import save_file

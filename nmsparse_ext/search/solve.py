@@ -124,7 +124,8 @@ def _milp(
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(rows, -np.inf, _SCALE)],
-        # Without presolve: it is no faster for these small problems, and may write to stdout.
+        # Without presolve: it is no faster for these small problems, and writes to stdout more often. A line
+        # of HiGHS may still come; the command line keeps it out of its output (`own_stdout`).
         options={"mip_rel_gap": max_gap, "time_limit": max_seconds, "presolve": False},
     )
     if result.x is None:

@@ -53,6 +53,31 @@ def test_every_command_explains_itself(run, name):
     assert "--json" in result.out or name == "study"
 
 
+def test_what_others_print_is_no_output(tmp_path):
+    """Solvers write lines to stdout from C, and the user's own functions print what they like."""
+    (tmp_path / "noisy.py").write_text(
+        """
+import ctypes
+import torch
+
+def net():
+    return torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)), torch.ones(2, 16)
+
+def step(model):
+    print("a line of Python")
+    ctypes.CDLL(None).printf(b"a line of C")
+    return model(torch.ones(2, 16)).square().mean()
+"""
+    )
+    pytest.importorskip("scipy")
+    arguments = ("search", "noisy:net", "--budget", "params=0.5", "--criterion", "taylor", "--json")
+    found = process(*arguments, "--step", "noisy:step", "--batches", 1, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["objective"] > 0
+    assert "a line of Python" in found.stderr
+    assert "a line of C" in found.stderr
+
+
 def test_help_does_not_wait_for_torch():
     code = (
         "import sys; sys.argv[1:] = ['--help']; sys.modules['torch'] = None\n"
