@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     report = Report(
         f"One training step (forward, backward, optimizer) in float32 with pattern 2:4, every path in turn "
         f"in one process: {'; '.join(setting.what for setting in tried)}. Published code: argsort within the "
-        f"weight's autograd node. Ratios are of lower quartiles"
+        f"weight's autograd node. Ratios are of lower quartiles."
     )
     with threads(options.threads):
         for setting in tried:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nmsparse_ext.cli.examples import TokensOption, example_for, running, unpack
-from nmsparse_ext.cli.options import JsonOption, LayersOption, SkipOption, usage_errors
+from nmsparse_ext.cli.options import (
+    JsonOption,
+    LayersOption,
+    SkipOption,
+    completed,
+    usage_errors,
+)
 from nmsparse_ext.cli.output import emit, emit_table, progress, show
 from nmsparse_ext.cli.patterns import choice, scheme_for
 from nmsparse_ext.cli.sources import load_model
@@ -44,7 +50,10 @@ def bench(
     layers: LayersOption = None,
     skip: SkipOption = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 5,
-    dtype: Annotated[str, typer.Option(help=f"Of shapes: one of {', '.join(_DTYPES)}.")] = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(help=f"Of shapes: one of {', '.join(_DTYPES)}.", autocompletion=completed(*_DTYPES)),
+    ] = "float32",
     as_json: JsonOption = False,
 ) -> None:
     """Time layers, and the whole model, dense against packed.

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from nmsparse_ext.cli.examples import example_for
-from nmsparse_ext.cli.options import DryRunOption, ForceOption, JsonOption, check_output, usage_errors
+from nmsparse_ext.cli.options import (
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    check_output,
+    completed,
+    usage_errors,
+)
 from nmsparse_ext.cli.output import emit, emit_table, progress, show
 from nmsparse_ext.cli.sources import Kind, kind_of, load_model
 
@@ -18,6 +25,20 @@ if TYPE_CHECKING:
 
 #: Formats that are folders with a config, not files.
 _FOLDERS = ("compressed-tensors",)
+#: For completion, which must not wait for torch: the names of `deploy.FORMATS`.
+FORMAT_NAMES = (
+    "nmsparse",
+    "compressed-tensors",
+    "pytorch-cutlass",
+    "cusparselt",
+    "torch-pruning",
+    "modelopt",
+    "apex-asp",
+    "nm-sparsity",
+    "dominosearch",
+    "onnx",
+    "dense",
+)
 
 
 def convert(
@@ -37,11 +58,21 @@ def convert(
     from_format: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="FORMAT", help="What SOURCE is. By default detected.", show_default=False
+            "--from",
+            metavar="FORMAT",
+            help="What SOURCE is. By default detected.",
+            show_default=False,
+            autocompletion=completed(*FORMAT_NAMES),
         ),
     ] = None,
     to_format: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="What to write; `nmsparse` is our packed file.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="What to write; `nmsparse` is our packed file.",
+            autocompletion=completed(*FORMAT_NAMES),
+        ),
     ] = "nmsparse",
     pattern: Annotated[
         str | None,
@@ -60,6 +91,7 @@ def convert(
             metavar="kept|pruned",
             help="What n of --pattern n:m counts. Tools differ, so it has to be said.",
             show_default=False,
+            autocompletion=completed("kept", "pruned"),
         ),
     ] = None,
     model: Annotated[

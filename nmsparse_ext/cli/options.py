@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -54,6 +54,15 @@ SkipOption = Annotated[
         help="Leave out weights of this name, or below this module; globs allowed, may be repeated.",
     ),
 ]
+
+
+def completed(*words: str) -> Callable[[str], list[str]]:
+    """What shells complete an option's value to, for ``autocompletion=`` of typer."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
 
 
 @contextmanager

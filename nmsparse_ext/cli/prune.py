@@ -16,6 +16,7 @@ from nmsparse_ext.cli.options import (
     LayersOption,
     ModelArgument,
     SkipOption,
+    completed,
     usage_errors,
 )
 from nmsparse_ext.cli.output import emit, emit_table, progress, show
@@ -45,7 +46,10 @@ def prune(
     ] = "2:4",
     criterion: Annotated[
         str,
-        typer.Option(help="Which weights stay: magnitude; wanda or sparsegpt, which need --calibration."),
+        typer.Option(
+            help="Which weights stay: magnitude; wanda or sparsegpt, which need --calibration.",
+            autocompletion=completed("magnitude", "wanda", "sparsegpt"),
+        ),
     ] = "magnitude",
     calibration: Annotated[
         str | None,
@@ -62,7 +66,10 @@ def prune(
     ] = False,
     uncalibrated: Annotated[
         str,
-        typer.Option(help="For weights whose inputs are not seen: skip (they stay dense), magnitude, error."),
+        typer.Option(
+            help="For weights whose inputs are not seen: skip (they stay dense), magnitude, error.",
+            autocompletion=completed("skip", "magnitude", "error"),
+        ),
     ] = "skip",
     pad: Annotated[
         bool, typer.Option("--pad", help="Also prune sizes that are no multiple of m, as if zeros followed.")

@@ -13,6 +13,7 @@ from nmsparse_ext.cli.options import (
     JsonOption,
     LayersOption,
     check_output,
+    completed,
     usage_errors,
 )
 from nmsparse_ext.cli.output import emit, own_stdout, progress, show
@@ -45,8 +46,16 @@ def search(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where the scheme goes (JSON).", show_default=False)
     ] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "allocate",
-    criterion: Annotated[str, typer.Option(help="For allocate: magnitude, taylor or output.")] = "magnitude",
+    method: Annotated[
+        str, typer.Option(help=f"One of {', '.join(METHODS)}.", autocompletion=completed(*METHODS))
+    ] = "allocate",
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="For allocate: magnitude, taylor or output.",
+            autocompletion=completed("magnitude", "taylor", "output"),
+        ),
+    ] = "magnitude",
     m: Annotated[int, typer.Option(min=2, help="The group size.")] = 16,
     candidate: Annotated[
         list[str] | None,
@@ -54,7 +63,7 @@ def search(
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(help="What stays dense; globs allowed. By default what a recipe says."),
+        typer.Option(metavar="GLOB", help="What stays dense; globs allowed. By default what a recipe says."),
     ] = None,
     layers: LayersOption = None,
     at_least: Annotated[

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nmsparse_ext.cli.options import JsonOption, LayersOption, SkipOption, usage_errors
+from nmsparse_ext.cli.options import (
+    JsonOption,
+    LayersOption,
+    SkipOption,
+    completed,
+    usage_errors,
+)
 from nmsparse_ext.cli.output import emit, emit_table, progress, show
 
 if TYPE_CHECKING:
@@ -43,7 +49,8 @@ def tune(
     dtype: Annotated[
         str,
         typer.Option(
-            help="bfloat16, float16 or float32. By default that of the model's weights; bfloat16 for shapes."
+            help="bfloat16, float16 or float32. By default that of the model's weights; bfloat16 for shapes.",
+            autocompletion=completed("bfloat16", "float16", "float32"),
         ),
     ] = "",
     layers: LayersOption = None,

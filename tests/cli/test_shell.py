@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+import nmsparse_ext as nms
 from nmsparse_ext.cli import app
+from nmsparse_ext.cli.convert import FORMAT_NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "nmsparse_ext")
@@ -183,16 +185,38 @@ def test_colours_and_bars_are_for_terminals(dense_file, monkeypatch):
     assert "holds" in plain
 
 
-def test_completion():
-    words = {"_NMSPARSE_COMPLETE": "complete_bash", "COMP_WORDS": "nmsparse ver", "COMP_CWORD": "1"}
-    code = "import sys; sys.argv[:] = ['nmsparse']; from nmsparse_ext.cli import main; main()"
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("nmsparse ver", "verify"),
+        ("nmsparse prune --crit", "--criterion"),
+        ("nmsparse prune --criterion s", "sparsegpt"),
+        ("nmsparse search --method d", "domino"),
+        ("nmsparse convert --counts p", "pruned"),
+        ("nmsparse convert --to pytorch-c", "pytorch-cutlass"),
+        ("nmsparse bench --dtype b", "bfloat16"),
+        ("nmsparse tune --dtype b", "bfloat16"),
+    ],
+)
+def test_completion(line, expected):
+    count = str(len(line.split()) - 1)
+    words = {"_NMSPARSE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": count}
+    # It answers at once: a shell that waits for torch at every key is no help.
+    code = (
+        "import sys; sys.argv[:] = ['nmsparse']; sys.modules['torch'] = None\n"
+        "from nmsparse_ext.cli import main; main()"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT), **words},
         capture_output=True,
         text=True,
     )
-    assert found.stdout.split() == ["verify"]
+    assert found.stdout.split() == [expected], found.stderr
+
+
+def test_formats_that_are_completed():
+    assert tuple(nms.deploy.FORMATS) == FORMAT_NAMES
 
 
 def test_version(run):
