@@ -26,7 +26,7 @@ def as_on_a_gpu(table: str | os.PathLike[str]) -> Iterator[None]:
         mock.patch.object(crossover, "_tf32", return_value=True),
         mock.patch.object(crossover, "_machine", return_value=(GPU, "0.8.1")),
     )
-    before = cusparselt.search_mode()
+    before, rounded = cusparselt.search_mode(), crossover.rounded_inputs_allowed()
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
@@ -36,4 +36,5 @@ def as_on_a_gpu(table: str | os.PathLike[str]) -> Iterator[None]:
             yield
         finally:
             cusparselt.set_search_mode(before)
+            crossover.allow_rounded_inputs(rounded)
             crossover.set_table(None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class CudaTimer:
     def __init__(self, weight: NMTensor) -> None:
         values, indices = matrix_parts(weight)
         self._pattern, self._k = weight.pattern, weight.k
+        self._device, self._dtype = values.device, values.dtype
         self._values, self._indices = values.detach(), indices
         self._random = torch.Generator(values.device).manual_seed(0)
 
@@ -38,10 +39,10 @@ class CudaTimer:
         Few tokens are timed as replays of CUDA graphs: in calls one by one the host would take the longest,
         and the way with the shortest call would win, whatever the GPU does.
         """
-        device, dtype = self._values.device, self._values.dtype
+        device = self._device
         with torch.no_grad(), torch.cuda.device(device):
-            x = torch.randn(tokens, self._k, generator=self._random, device=device).to(dtype)
-            sets: dict[str, list[Operands]] = {}
+            x = torch.randn(tokens, self._k, generator=self._random, device=device).to(self._dtype)
+            sets: dict[str, Sequence[Any]] = {}
             calls: dict[str, Callable[[int], Tensor]] = {}
             for branch in branches:
                 try:
@@ -64,33 +65,30 @@ class CudaTimer:
                     return {branch: time / len(sets[branch]) for branch, time in found.items()}
             return medians(alternate(calls))
 
-    def _call(self, branch: str, x: Tensor, sets: list[Operands]) -> Callable[[int], Tensor]:
-        return lambda i: multiply(branch, x, *sets[i % len(sets)], None, self._pattern, "none")
+    def _call(self, branch: str, x: Tensor, sets: Sequence[Any]) -> Callable[[int], Tensor]:
+        def call(i: int) -> Tensor:
+            values, indices, dense, blob = sets[i % len(sets)]
+            return multiply(branch, x, values, indices, dense, blob, None, self._pattern, "none")
 
-    def _sets(self, branch: str) -> list[Operands]:
-        """As many copies of what one way takes as exceed the cache."""
-        first = self._operands(branch)
-        values, indices, dense, blob = first
-        read = [part for part in (dense, blob) if part is not None] or [values, indices]
-        held = sum(part.nbytes for part in read)
-        copies = min(MAX_COPIES, COLD_BYTES // max(held, 1) + 1)
-        return [first] + [self._clone(first) for _ in range(copies - 1)]
+        return call
 
-    def _operands(self, branch: str) -> Operands:
-        """What `engines_cuda.multiply` takes; of it each way reads one form."""
+    def _sets(self, branch: str) -> Sequence[Any]:
+        """What `engines_cuda.multiply` takes, with copies of what is read of it that exceed the cache."""
         values, indices = self._values, self._indices
+        sets: list[Operands]
         if branch == SMALL_BATCH:
-            return values, indices, None, None
+            sets = [(v, i, None, None) for v, i in copies_of(values, indices)]
+            return sets
         dense = ops.unpack(values, indices, self._pattern, k=self._k, dim=-1)
         if branch == DENSE:
-            return values, indices, dense, None
+            sets = [(values, indices, copy, None) for (copy,) in copies_of(dense)]
+            return sets
         assert branch == LT
-        return values, indices, None, cusparselt.compress(dense)
+        sets = [(values, indices, None, copy) for (copy,) in copies_of(cusparselt.compress(dense))]
+        return sets
 
-    def _clone(self, operands: Operands) -> Operands:
-        values, indices, dense, blob = operands
-        if dense is not None:
-            return values, indices, dense.clone(), None
-        if blob is not None:
-            return values, indices, None, blob.clone()
-        return values.clone(), indices.clone(), None, None
+
+def copies_of(*read: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors that are read together, and as many copies of them as exceed the cache."""
+    copies = min(MAX_COPIES, COLD_BYTES // max(sum(part.nbytes for part in read), 1) + 1)
+    return [read] + [tuple(part.clone() for part in read) for _ in range(copies - 1)]

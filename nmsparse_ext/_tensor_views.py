@@ -100,7 +100,9 @@ def _to_copy(
     moved = weight._rebuild(values, indices, ENGINES["decompress"])
     # Forms are laid out for one device and dtype: make them anew, by an engine that runs there.
     engine = ENGINES[weight.engine]
-    chosen = engine if engine.why_not(moved) is None else best_engine(moved)
+    # Nor does one stay that would round what it did not have to round before.
+    stays = engine.why_not(moved) is None and (engine.chosen_for(moved) or not engine.chosen_for(weight))
+    chosen = engine if stays else best_engine(moved)
     return moved.with_engine(chosen.name, keep=weight.keep if chosen.restore is not None else "both")
 
 

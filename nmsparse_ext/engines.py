@@ -77,6 +77,10 @@ class Engine:
     matrix_engine: str = ""
     automatic: bool | Callable[[NMTensor], bool] = True
 
+    def chosen_for(self, weight: NMTensor) -> bool:
+        """Whether `best_engine` may choose it for ``weight``."""
+        return self.automatic(weight) if callable(self.automatic) else self.automatic
+
 
 ENGINES: dict[str, Engine] = {}
 
@@ -100,10 +104,7 @@ def register_engine(engine: Engine, *, first: bool = False) -> None:
 def best_engine(weight: NMTensor) -> Engine:
     """Returns the most preferred engine that can run ``weight`` where it is. There always is one."""
     return next(
-        engine
-        for engine in ENGINES.values()
-        if (engine.automatic(weight) if callable(engine.automatic) else engine.automatic)
-        and engine.why_not(weight) is None
+        engine for engine in ENGINES.values() if engine.chosen_for(weight) and engine.why_not(weight) is None
     )
 
 
@@ -238,7 +239,7 @@ from . import (  # noqa: E402, F401
     engines_conv,
     engines_cpu,
     engines_cuda,
+    engines_cuda_8bit,
     engines_cuda_conv,
-    engines_cuda_int8,
     engines_int8,
 )

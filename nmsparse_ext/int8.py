@@ -119,7 +119,8 @@ def int8_linear(
     Rows of ``x`` are rounded to int8 (symmetric, ``scale = amax / 127``), products are summed exactly, and
     each sum becomes ``float32(sum) * (scale of x * scales[row])``, plus bias, activated, rounded once to
     ``x``'s dtype. The integers of the weight are used as they are. A row of ``x`` that holds a NaN or an
-    infinity gives NaNs; one of zeros, or below ``2**-100``, gives ``activation(bias)``.
+    infinity gives NaNs; one of zeros, or below ``2**-100``, gives ``activation(bias)``. On a GPU ``x`` is
+    rounded only where cuSPARSELt goes, and that only by `crossover.allow_rounded_inputs`.
 
     Equivalent to, within the rounding of ``x``::
 
@@ -128,8 +129,8 @@ def int8_linear(
 
     Args:
         x: ``[..., in]``, float32, bfloat16 or float16, any strides.
-        weight: int8 ``[out, in]``, packed along its inputs: ``compress(w, pattern).with_engine("cpu-int8")``.
-            Symmetric: there are no zero points.
+        weight: int8 ``[out, in]``, packed along its inputs: ``compress(w, pattern).with_engine("cpu-int8")``;
+            on a GPU ``compress(w, pattern)``. Symmetric: there are no zero points.
         scales: ``[out]`` or ``[out, 1]``, floating point: what one unit of each row's integers stands for.
         bias: ``[out]``; taken in ``x``'s dtype.
         activation: ``"none"``, ``"relu"``, ``"gelu"`` or ``"silu"``.
@@ -149,10 +150,10 @@ def int8_linear(
     for name, argument in (("x", x), ("scales", scales), *((("bias", bias),) if bias is not None else ())):
         if not isinstance(argument, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(argument).__name__}")
-    if weight.engine != "cpu-int8":
+    if weight.engine not in ("cpu-int8", "cuda-int8"):
         raise ValueError(
             f"weight must be run by engine 'cpu-int8', got {weight.engine!r}: use "
-            "weight.with_engine('cpu-int8')"
+            "weight.with_engine('cpu-int8'), or 'cuda-int8' on a GPU"
         )
     if weight.dtype != torch.int8:
         raise TypeError(
@@ -173,6 +174,11 @@ def int8_linear(
         raise ValueError(f"bias must have shape [{out}], got {list(bias.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    if weight.engine == "cuda-int8":
+        from .engines_cuda_8bit import parts_of, with_parts
+
+        parts = parts_of(weight)._replace(scales=scales.detach().float().flatten())
+        return with_parts(x, parts, weight, None if bias is None else bias.to(x.dtype), activation)
     panels = panels_of(weight)._replace(scales=_by_panel(scales.detach().float().flatten()))
     bias = None if bias is None else bias.to(x.dtype)
     return multiply_int8(x, panels, bias, weight.pattern, rows=out, k=inputs, activation=activation)

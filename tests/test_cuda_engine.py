@@ -499,54 +499,6 @@ def test_nothing_is_measured_on_the_cpu() -> None:
     assert not engines_cuda._measures_now(torch.device("cpu"))
 
 
-# ------------------------------------------------------------------------------------------- int8 weights
-
-
-@pytest.mark.parametrize("tokens", [1, 32, 33])
-@pytest.mark.parametrize("activation", ["none", "silu"])
-def test_int8_weights(tokens: int, activation: str) -> None:
-    dense = nms.nm_prune(torch.randn(ROWS, K).bfloat16(), "2:4")
-    w = nms.compress(dense, "2:4").with_engine("cuda-int8")
-    assert w.form_integers.dtype == torch.int8
-    scales = dense.float().abs().amax(1) / 127
-    x = torch.randn(1, tokens, K, dtype=torch.bfloat16, requires_grad=True)
-    bias = torch.randn(ROWS, dtype=torch.bfloat16, requires_grad=True)
-    y = nms.linear(x, w, bias, activation)
-    expected = F.linear(x.float(), dense.float(), bias.float())
-    expected = expected if activation == "none" else F.silu(expected)
-    bound = 0.5 * scales * x.detach().float().abs().sum(-1, keepdim=True) * 1.1
-    assert ((y.float() - expected).abs() <= bound + 0.02 * expected.abs() + 0.01).all()
-    y.sum().backward()
-    other = x.detach().float().requires_grad_()
-    y = F.linear(other, dense.float(), bias.detach().float())
-    (y if activation == "none" else F.silu(y)).sum().backward()
-    torch.testing.assert_close(x.grad.float(), other.grad, rtol=0.05, atol=0.2)
-    with torch.no_grad():
-        w.copy_(2 * dense)
-        torch.testing.assert_close(
-            nms.linear(x, w).float(), F.linear(x.float(), 2 * dense.float()), rtol=0.1, atol=0.3
-        )
-
-
-def test_int8_weights_elsewhere() -> None:
-    w = nms.compress(torch.randn(ROWS, K).half(), "4:8", prune=True).with_engine("cuda-int8")
-    x = torch.randn(3, K).half()
-    expected = F.linear(x, w.to_dense())
-    full = torch.randn(3, ROWS).half()
-    torch.testing.assert_close(nms.linear(x, w, full, "relu"), F.relu(expected + full), rtol=0.1, atol=0.1)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x: F.linear(x, w), backend="aot_eager", fullgraph=True, dynamic=True)
-    for tokens in (3, 40):
-        x = torch.randn(tokens, K).half()
-        torch.testing.assert_close(compiled(x), F.linear(x, w.to_dense()), rtol=0.1, atol=0.1)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert F.linear(x.float(), w).dtype == torch.bfloat16
-    operands = (x[:3], w.form_integers, w.indices, w.form_scales, None, 4, 8, "relu")
-    torch.library.opcheck(torch.ops.nmsparse.int8_weight_linear, operands)
-    with pytest.raises(ValueError, match="takes float16 and bfloat16, not float32"):
-        nms.compress(torch.randn(ROWS, K), "2:4", prune=True).with_engine("cuda-int8")
-
-
 # ----------------------------------------------------------------------------------------- converting models
 
 

@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import nn
 
+from .. import engines_cuda, engines_cuda_8bit
 from ..engines import find_engine
-from ..engines_cuda import CUDA_ENGINES, why
 from ..pattern import Pattern
 from ..tensor import Keep, NMTensor
 from ..weights import Weight
@@ -103,7 +103,7 @@ class Plan:
         """What there is to add for a weight on a GPU, which goes one way or another for its tokens."""
         if self.choice != "packed" or not isinstance(self.packed, NMTensor):
             return ""
-        return f"; {why(self.packed)}" if self.packed.engine in CUDA_ENGINES else ""
+        return f"; {why(self.packed)}" if is_on_gpu(self.packed) else ""
 
     def _unpacked(self) -> str:
         """What there is to add to the reason for a packed weight that is unpacked when it runs."""
@@ -111,6 +111,17 @@ class Plan:
             return ""
         reasons = [why_unpacked(module, self.packed) for module, _ in self.weight.places]
         return next((f"; unpacked in every call: {reason}" for reason in reasons if reason), "")
+
+
+def is_on_gpu(weight: NMTensor) -> bool:
+    """Whether an engine of GPUs runs a weight, so that there is something to say about its ways."""
+    return weight.engine in engines_cuda.CUDA_ENGINES or weight.engine in engines_cuda_8bit.ROUNDED
+
+
+def why(weight: NMTensor) -> str:
+    """Which way such a weight goes for how many tokens, why, and what it holds for that."""
+    eight_bits = weight.engine in engines_cuda_8bit.ROUNDED
+    return engines_cuda_8bit.why(weight) if eight_bits else engines_cuda.why(weight)
 
 
 def _milliseconds(seconds: float) -> float | None:

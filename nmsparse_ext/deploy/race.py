@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..engines_cuda import tuned
+from .. import engines_cuda, engines_cuda_8bit
 from ..tensor import NMTensor
 from .example import ExampleInput, caller_of, run_example, tokens
 from .measure import Flush, alternate, last_level_cache
@@ -83,7 +83,8 @@ def race(
 def _tuned(packed: nn.Parameter | None, count: int) -> nn.Parameter:
     """A weight on a GPU is raced as it will run: the way that wins for so many tokens."""
     assert isinstance(packed, NMTensor)
-    faster = tuned(packed, count)
+    eight_bits = packed.engine in engines_cuda_8bit.ROUNDED
+    faster = (engines_cuda_8bit if eight_bits else engines_cuda).tuned(packed, count)
     return packed if faster is packed else nn.Parameter(faster, requires_grad=False)
 
 

@@ -6,10 +6,11 @@ import dataclasses
 
 from torch import nn
 
-from .. import engines_cuda
+from .. import engines_cuda, engines_cuda_8bit
 from ..tensor import NMTensor
 from .convert import ignore_in_ddp
 from .listeners import announce_packed
+from .plan import why
 from .report import attach, report
 
 
@@ -36,7 +37,7 @@ def refit(model: nn.Module) -> int:
             if not isinstance(parameter, NMTensor):
                 continue
             if id(parameter) not in fitted:
-                fitting = engines_cuda.refit(parameter)
+                fitting = _fitting(parameter)
                 if fitting is parameter:
                     continue
                 freed += parameter.held_nbytes - fitting.held_nbytes
@@ -50,6 +51,11 @@ def refit(model: nn.Module) -> int:
     return freed
 
 
+def _fitting(weight: NMTensor) -> NMTensor:
+    eight_bits = weight.engine in engines_cuda_8bit.ROUNDED
+    return engines_cuda_8bit.refit(weight) if eight_bits else engines_cuda.refit(weight)
+
+
 def _tell(model: nn.Module, changed: dict[str, NMTensor]) -> None:
     try:
         told = report(model)
@@ -59,7 +65,7 @@ def _tell(model: nn.Module, changed: dict[str, NMTensor]) -> None:
     for row in told:
         weight = changed.get(row.name)
         if weight is not None:
-            reason = f"{row.reason}; fitted anew: {engines_cuda.why(weight)}"
+            reason = f"{row.reason}; fitted anew: {why(weight)}"
             row = dataclasses.replace(row, packed_bytes=weight.held_nbytes, reason=reason)
         rows.append(row)
     attach(getattr(model, "_orig_mod", model), dataclasses.replace(told, rows=tuple(rows)))
