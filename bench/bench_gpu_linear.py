@@ -287,9 +287,12 @@ def main(argv: list[str] | None = None) -> int:
             # What this run finds, and nothing older.
             crossover.set_table(folder / "crossovers.json")
             cusparselt.set_search_mode("file", path=folder / "algorithms.json")
-        bench.host_overhead()
-        for layer, tokens, dtype, pattern in work(arguments):
-            bench.row(layer, tokens, dtype, pattern)
+        try:
+            bench.host_overhead()
+            for layer, tokens, dtype, pattern in work(arguments):
+                bench.row(layer, tokens, dtype, pattern)
+        except KeyboardInterrupt:  # the time is up: what there is counts
+            bench.left_out.append("all that would have come after an interrupt")
     record = bench.record()
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ Masks as others choose them, into fresh tensors because nothing else is offered:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 from collections.abc import Callable
@@ -226,6 +227,22 @@ def others(bench: Bench, layout: Layout, dtype: torch.dtype) -> None:
         bench.row((name, layout, dtype, "2:4"), moved, {"ours": rotation.on(function), "copy": copy})
 
 
+def all_rows(bench: Bench, quick: bool) -> None:
+    """All rows, or a few of them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for n, m in PATTERNS[:1] if quick else PATTERNS:
+            prune(bench, ROWS, dtype, n, m)
+    if not quick:
+        for dtype in (torch.float16, torch.int8, torch.float8_e4m3fn, torch.float64):
+            prune(bench, ROWS, dtype, 2, 4)
+        for layout in (COLUMNS, CONV, CHANNELS_LAST):
+            for dtype in (torch.float32, torch.bfloat16):
+                prune(bench, layout, dtype, 2, 4)
+    for layout in (ROWS,) if quick else (ROWS, COLUMNS, CONV):
+        for dtype in (torch.float32, torch.bfloat16):
+            others(bench, layout, dtype)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=Path("bench/results/bench_gpu_select.json"))
@@ -241,18 +258,8 @@ def main() -> None:
     device = torch.cuda.get_device_properties(0)
     print(f"{device.name}, torch {torch.__version__}", flush=True)
     bench = Bench(arguments.rounds, arguments.milliseconds)
-    for dtype in (torch.float32, torch.bfloat16):
-        for n, m in PATTERNS[:1] if arguments.quick else PATTERNS:
-            prune(bench, ROWS, dtype, n, m)
-    if not arguments.quick:
-        for dtype in (torch.float16, torch.int8, torch.float8_e4m3fn, torch.float64):
-            prune(bench, ROWS, dtype, 2, 4)
-        for layout in (COLUMNS, CONV, CHANNELS_LAST):
-            for dtype in (torch.float32, torch.bfloat16):
-                prune(bench, layout, dtype, 2, 4)
-    for layout in (ROWS,) if arguments.quick else (ROWS, COLUMNS, CONV):
-        for dtype in (torch.float32, torch.bfloat16):
-            others(bench, layout, dtype)
+    with contextlib.suppress(KeyboardInterrupt):  # the time is up: what there is counts
+        all_rows(bench, arguments.quick)
 
     report = {
         "machine": {

@@ -62,9 +62,10 @@ def measure(layer: Layer, tokens: int, transposable: bool, dry: bool) -> dict[st
         step(masked_linear.masked_linear, x, w, grad)
 
     def packing(_: int) -> None:
-        cusparselt.compress(w.detach())
-        if transposable:
-            cusparselt.compress(w.detach().T.contiguous())
+        if not transposable or cusparselt.compress_both_ways(w.detach()) is None:
+            cusparselt.compress(w.detach())
+            if transposable:
+                cusparselt.compress(w.detach().T.contiguous())
 
     calls = {
         "dense": lambda _: step(F.linear, x, w, grad),
@@ -105,7 +106,20 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"there is no cuSPARSELt: {reason}")
     gpu = "no GPU: a dry run" if dry else torch.cuda.get_device_name()
     print(f"{gpu}, torch {torch.__version__}", flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def keep(rows: list[dict[str, Any]]) -> None:  # after each row: whatever comes later, it is there
+        record = {
+            "machine": {**machine(), "processor": gpu},
+            "what": "A training step of one linear layer, bfloat16 2:4: forward, gradients of input and "
+            "weight; packed: with packing once a step.",
+            "dry_run": dry,
+            "rows": rows,
+        }
+        if arguments.json is not None:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
     chosen = (
         TINY if dry else QUICK if arguments.quick else [layer._replace(tokens=TOKENS) for layer in LAYERS]
     )
@@ -114,8 +128,13 @@ def main(argv: list[str] | None = None) -> int:
         for layer in chosen:
             for tokens in layer.tokens:
                 for transposable in (False, True):
-                    row = measure(layer, tokens, transposable, dry)
+                    try:
+                        row = measure(layer, tokens, transposable, dry)
+                    except torch.cuda.OutOfMemoryError:
+                        print(f"{layer.group} {layer.name}, {tokens} tokens: not enough memory", flush=True)
+                        continue
                     rows.append(row)
+                    keep(rows)
                     print(
                         f"{row['layer']:22} {row['weight']:12} {tokens:6} tokens, transposable "
                         f"{row['transposable']:3}: dense {row['dense us']:9.1f} us, packed "
@@ -123,16 +142,6 @@ def main(argv: list[str] | None = None) -> int:
                         f"{row['packing']:.1f} us",
                         flush=True,
                     )
-    record = {
-        "machine": {**machine(), "processor": gpu},
-        "what": "A training step of one linear layer, bfloat16 2:4: forward, gradients of input and weight; "
-        "packed: with packing once a step.",
-        "dry_run": dry,
-        "rows": rows,
-    }
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

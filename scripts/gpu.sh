@@ -14,12 +14,22 @@ section() { echo; echo "==== $1 (${SECONDS} s)"; }
 remaining() { echo $((limit > SECONDS ? limit - SECONDS : 1)); }
 failed=()
 # step NAME SHARE COMMAND...: at most SHARE percent of all the time, so that what comes after has its turn. An interrupt,
-# not a kill, ends it: pytest then still writes its report.
+# not a kill, ends it: pytest and the benches then still write what they have.
 step() {
-    local name=$1 most=$((limit * $2 / 100)) left
+    local name=$1 most=$((limit * $2 / 100)) left code=0
     shift 2
     left=$(remaining)
-    timeout --signal=INT --kill-after=10 $((most < left ? most : left)) "$@" || failed+=("$name")
+    if ((left < 10)); then  # it takes as long to import torch
+        failed+=("$name (no time left)")
+        return
+    fi
+    most=$((most < left ? most : left))
+    timeout --signal=INT --kill-after=10 $most "$@" || code=$?
+    case $code in
+        0) ;;
+        124 | 137) failed+=("$name (not done after $most s)") ;;
+        *) failed+=("$name") ;;
+    esac
 }
 
 "$python" - <<'PYTHON_CODE'
@@ -45,8 +55,8 @@ export TORCH_CUDA_ARCH_LIST
 
 section "GPU tests"
 # A package that this Python lacks fails the run by name, but not before everything else has run.
-FAIL_WITHOUT_CUDA=1 step "GPU tests" 45 "$python" -m pytest -q -m needs_cuda --durations=10 \
-    --continue-on-collection-errors --junitxml "$out/gpu_tests.xml"
+FAIL_WITHOUT_CUDA=1 step "GPU tests" 45 "$python" scripts/gpu_tests.py --reports "$out" --durations=10 \
+    --continue-on-collection-errors
 
 # GPU_FULL=1 measures everything: an hour of products, so with GPU_LIMIT=14400.
 quick=(--quick)
@@ -85,7 +95,7 @@ step "CPU engine tests" 100 "$python" -m pytest -q -m "not needs_cuda" tests/tes
 
 section "done"
 if ((${#failed[@]})); then
-    echo "failed: ${failed[*]}" >&2
+    (IFS=, && echo "failed: ${failed[*]}" >&2)
     exit 1
 fi
 echo "results in $out: $(ls "$out" | tr '\n' ' ')"

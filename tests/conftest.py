@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="what every test draws its numbers from; a test has to pass with any",
     )
 
+    parser.addoption("--after", default="", metavar="TEST", help="only the tests that come after this one")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what has run before, see ``scripts/gpu_tests.py``."""
+    after = config.getoption("--after")
+    names = [item.nodeid for item in items]
+    if after in names:
+        items[:] = items[names.index(after) + 1 :]
+
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
     """What a test file draws when it is imported does not depend on what was imported before it."""
@@ -50,6 +62,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
         pytest.fail("FAIL_WITHOUT_CUDA=1, but torch sees no CUDA device")
     pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Ends the process where a test has left the GPU unusable: all tests behind it would fail, too."""
+    if item.get_closest_marker("needs_cuda") is None or not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        told = os.environ.get("NMSPARSE_BROKEN_GPU")
+        if told:
+            Path(told).write_text(item.nodeid, encoding="utf-8")
+        first = str(error).strip().splitlines()[0]
+        pytest.exit(f"the GPU cannot be used after {item.nodeid}: {first}", returncode=9)
 
 
 @pytest.fixture(autouse=True)

@@ -61,6 +61,21 @@ def test_time_that_is_up_leaves_rows_out(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.count("left out: ") == 20
 
 
+def test_an_interrupt_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, result = bench_gpu_linear.Bench.row, tmp_path / "result.json"
+
+    def interrupted(bench: bench_gpu_linear.Bench, *what: object) -> None:
+        row(bench, *what)
+        if len(bench.rows) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_gpu_linear.Bench, "row", interrupted)
+    assert bench_gpu_linear.main(["--dry-run", "--json", str(result)]) == 0
+    record = json.loads(result.read_text())
+    assert len(record["rows"]) == 2
+    assert record["left_out"] == ["all that would have come after an interrupt"]
+
+
 def test_rooflines() -> None:
     h200 = gpu_layers.peaks_of("NVIDIA H200")
     assert h200 is not None
