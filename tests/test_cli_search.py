@@ -104,6 +104,28 @@ def test_other_methods(here):
     assert {"scheme", "stays_dense", "costs", "dense", "written"} <= set(json.loads(out))
 
 
+def test_domino_goes_on_from_its_checkpoint(here):
+    """The recipe's data, too, goes on where it was."""
+    pytest.importorskip("sklearn")
+    arguments = ("search", *DIGITS, "--budget", "params=0.9", "--method", "domino", "--json")
+    arguments += ("--batch_size", "256", "--checkpoint")
+    with pytest.warns(RuntimeWarning, match="not reached"):
+        assert run(*arguments, "parts.pt", "--max-steps", 5)[0] == 0
+    assert torch.load("parts.pt", weights_only=True)["steps"] == 5
+    with pytest.warns(RuntimeWarning, match="not reached"):
+        assert run(*arguments, "parts.pt", "--max-steps", 8)[0] == 0
+    with pytest.warns(RuntimeWarning, match="not reached"):
+        assert run(*arguments, "whole.pt", "--max-steps", 8)[0] == 0
+    parts, whole = (torch.load(f"{name}.pt", weights_only=True) for name in ("parts", "whole"))
+    assert parts["ranks"][0]["step"] == whole["ranks"][0]["step"]
+    assert whole["ranks"][0]["step"]["epoch"] > 0
+    for name, tensor in whole["tensors"].items():
+        assert torch.equal(parts["tensors"][name], tensor), name
+    code, _, err = run("search", "own_models:net", "--budget", "params=0.5", "--checkpoint", "x.pt")
+    assert code == 2
+    assert "--checkpoint is for --method domino" in err
+
+
 def test_candidates_and_skip(here):
     arguments = ("--candidate", "2:4", "--candidate", "1:4", "--skip", "0", "--embeds-in-24", "--json")
     code, out, _ = run("search", "own_models:net", "--budget", "params=0.7", *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,6 +102,13 @@ def search(
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="Batches that taylor and output look at.")] = 8,
     max_steps: Annotated[int, typer.Option(min=1, help="For domino: the most steps.")] = 100_000,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="For domino: written to every 1000 steps; if it is there, the search goes on from it.",
+            show_default=False,
+        ),
+    ] = None,
     chart: Annotated[
         Path | None, typer.Option(help="A picture of the scheme (PNG).", show_default=False)
     ] = None,
@@ -146,8 +154,13 @@ def search(
                 if calibration is None
                 else calibration_batches(found, model, calibration, batches)
             )
-        with progress("searching"), own_stdout():
-            scheme, text, record = _run(found, method, criterion, limits, batches, max_steps, arguments)
+        if method == "domino":
+            arguments |= {"max_steps": max_steps, "checkpoint": None if dry_run else checkpoint}
+        elif checkpoint is not None:
+            raise ValueError("--checkpoint is for --method domino; the others take seconds")
+        # DominoSearch has a bar of its own, and two on one line show neither.
+        with nullcontext() if method == "domino" else progress("searching"), own_stdout():
+            scheme, text, record = _run(found, method, criterion, limits, batches, arguments)
         if permute is not None and not dry_run:
             from nmsparse_ext import save_file
 
@@ -169,7 +182,6 @@ def _run(
     criterion: str,
     budget: Budget,
     batches: int,
-    max_steps: int,
     arguments: dict[str, Any],
 ) -> tuple[Scheme, str, dict[str, Any]]:
     """Searches; returns the scheme, and what to print as text and as JSON."""
@@ -191,9 +203,7 @@ def _run(
     else:
         if found.step is None:
             raise ValueError("--method domino trains the model: a recipe, or --step pkg.mod:fn, says how")
-        domino = nms.search.domino_search(
-            found.model, found.step, budget=budget, max_steps=max_steps, **arguments
-        )
+        domino = nms.search.domino_search(found.model, found.step, budget=budget, **arguments)
         scheme = domino.scheme
     costs = Costs(found.model, found.example_input)
     left = ", ".join(f"{metric} {share:.1%}" for metric, share in costs.shares(scheme).items())

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from nmsparse_ext.recipes.task import Task
 
 #: Tokens of the example input of a language model.
 _TOKENS = 128
@@ -93,6 +96,41 @@ def load_searched(name: str, arguments: Sequence[str], *, step: str | None = Non
     return found
 
 
+class RecipeStep:
+    """``step(model) -> loss`` on a recipe's training data, batch after batch, epoch after epoch.
+
+    Its state is where it is in the data, so that a search that is resumed goes on with the batch it would
+    have come to.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._go_to(0, 0)
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """The loss of the next batch, with its graph."""
+        batch = next(self._batches, None)
+        if batch is None:
+            self._go_to(self._epoch + 1, 0)
+            batch = next(self._batches)
+        self._index += 1
+        return self._task.loss(model, batch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, and how many of its batches have been used."""
+        return {"epoch": self._epoch, "index": self._index}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes to where another one was."""
+        self._go_to(state["epoch"], state["index"])
+
+    def _go_to(self, epoch: int, index: int) -> None:
+        from nmsparse_ext.recipes.task import Shard
+
+        self._epoch, self._index = epoch, index
+        self._batches = itertools.islice(self._task.train_batches(epoch, Shard()), index, None)
+
+
 def _recipe(name: str, arguments: Sequence[str]) -> Searched:
     from nmsparse_ext.recipes.catalog import RECIPES
     from nmsparse_ext.recipes.config import parse_config
@@ -112,11 +150,10 @@ def _recipe(name: str, arguments: Sequence[str]) -> Searched:
             task.train_batches(epoch, Shard()) for epoch in itertools.count()
         )
 
-    training = batches()
     return Searched(
         model,
         example_input=task.model_input(next(batches())),
-        step=lambda model: task.loss(model, next(training)),
+        step=RecipeStep(task),
         skip=list(task.dense_layers(model)) if config.skip is None else config.skip,
         inputs=lambda: map(task.model_input, batches()),
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -158,6 +161,7 @@ def net():
 def on_a_terminal(*args: object, **env: str) -> str:
     """What the command shows where stdout and stderr are a terminal."""
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
     environment = {"TERM": "xterm-256color", "COLUMNS": "120", **env}
     child = start(*args, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
@@ -223,3 +227,25 @@ def test_version(run):
     import nmsparse_ext
 
     assert run("--version").out.strip() == nmsparse_ext.__version__
+
+
+def test_the_bar_of_domino_search(tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    pytest.importorskip("tqdm")
+    (tmp_path / "small_model.py").write_text(
+        """
+import torch
+
+def net():
+    return torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 16))
+
+def step(model):
+    return model(torch.ones(2, 16)).square().mean()
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ("small_model:net", "--budget", "params=0.3", "--method", "domino", "--max-steps", "101")
+    shown = on_a_terminal("search", *arguments, "--step", "small_model:step")
+    assert "DominoSearch" in shown
+    assert "last domino" in shown
+    assert "searching" not in shown
