@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 from model_zoo import MODELS, VOCABULARY, WIDTH, first, tokens
+from prune_samples import CRITERIA
 from torch import Tensor, nn
 
 import nmsparse_ext as nms
 from nmsparse_ext.search.inputs import find_sources
 from nmsparse_ext.search.moments import Moments, collect
 from nmsparse_ext.weights import weights
-
-CRITERIA = ("magnitude", "wanda", "sparsegpt")
 
 
 def violations(model: nn.Module, scheme: nms.Scheme) -> list[str]:
