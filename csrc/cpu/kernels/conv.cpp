@@ -73,6 +73,7 @@ class ConvBlock {
     int64_t line;       // of the block's; 0 by tiles
     int64_t first;      // pixel: in its line, or in the block
     int64_t first_row;  // of all tiles' rows
+    int64_t index;      // of all tiles
     int rows;           // pixels
     int tile_rows;
   };
@@ -80,13 +81,14 @@ class ConvBlock {
   template <class Packed>
   void run(const TileSplit& split, Packed x) {
     total_rows_ = split.total_rows() * lines_;
+    choose_early_tiles(split.count());
     int64_t step = 0;
     do {  // without any steps, sums are begun nevertheless
       const int64_t last = std::min(step + p_.block_steps, layout_.steps);
       x.begin(step, last);
       int64_t at_once = 1;
       for (int64_t panel = 0; panel < panels_; panel += at_once) {
-        at_once = p_.tile(layout_, split.rows(0), panels_ - panel).panels;
+        at_once = kernel(split.rows(0), panels_ - panel).panels;
         begin_panels(panel, at_once, step, last);
         each_tile(split, [&](const Tile& tile) {
           if (panel == 0) x.pack(tile);
@@ -119,7 +121,7 @@ class ConvBlock {
       next_x_ = x.after(tile);
       int64_t at_once = 1;
       for (int64_t panel = 0; panel < panels_; panel += at_once) {
-        at_once = p_.tile(layout_, split.rows(0), panels_ - panel).panels;
+        at_once = kernel(split.rows(0), panels_ - panel).panels;
         fetch_outputs(tile, panel, at_once);
         const bool stores = can_store(tile, panel, at_once);
         multiply(tile, panel, at_once, 0, 0, steps, true, inputs, stores);
@@ -130,13 +132,13 @@ class ConvBlock {
 
   template <class Do>
   void each_tile(const TileSplit& split, const Do& action) const {
-    int64_t first_row = 0;
+    int64_t first_row = 0, index = 0;
     for (int64_t line = 0; line < lines_; ++line) {
       int64_t first = 0;
       for (int64_t i = 0; i < split.count(); ++i) {
         const int tile_rows = split.rows(i);
-        action(
-            Tile{line, first, first_row, static_cast<int>(std::min<int64_t>(tile_rows, pixels_ - first)), tile_rows});
+        action(Tile{line, first, first_row, index++, static_cast<int>(std::min<int64_t>(tile_rows, pixels_ - first)),
+                    tile_rows});
         first += tile_rows;
         first_row += tile_rows;
       }
@@ -376,6 +378,16 @@ class ConvBlock {
   }
   int64_t decoded_panel(int64_t steps) const { return steps * layout_.slots * p_.decoded.slot_bytes; }
 
+  // All values at once are more than memory delivers while one tile is computed. And the first line may leave out
+  // steps that lie outside of the image, and their values with them.
+  void choose_early_tiles(int64_t line_tiles) {
+    constexpr int64_t kEarlyTiles = 4;
+    if (p_.decoded.decode == nullptr) return;
+    first_early_tile_ = p_.by_lines && lines_ > 2 ? line_tiles : 0;
+    const int64_t others = line_tiles * lines_ - first_early_tile_;
+    early_tiles_ = std::min(kEarlyTiles, others > kEarlyTiles ? others : (others + 1) / 2);
+  }
+
   // Makes the indices of some panels ready, and says what comes after them.
   void begin_panels(int64_t panel, int64_t count, int64_t step, int64_t last) {
     const bool more = panel + count < panels_;
@@ -398,6 +410,14 @@ class ConvBlock {
     return sums_ + (panel * total_rows_ + tile.first_row * at_once) * kPanelRows * sum_size(p_);
   }
 
+  // p_.tile, asked once for each: a tile of few steps takes not much longer than the search.
+  const LinearTileKernel& kernel(int tile_rows, int64_t panels) {
+    const int64_t most = std::min(panels, kMaxPanelsAtOnce);
+    LinearTileKernel& found = found_kernels_[most - 1][tile_rows - 1];
+    if (found.run == nullptr) found = p_.tile(layout_, tile_rows, most);
+    return found;
+  }
+
   // Adds what steps [from, to) of a block of steps that begins at `step` give for some panels. `stores`: and stores it.
   void multiply(const Tile& tile, int64_t panel, int64_t at_once, int64_t step, int64_t from, int64_t to,
                 bool from_zero, const TileInputs& inputs, bool stores) {
@@ -410,12 +430,16 @@ class ConvBlock {
     t.x_steps = x_steps_ + from;
     t.values = values_at(panel, from);
     t.values_panel = layout_.panel_values() * p_.element_size;
-    // The first tile fetches the values for all; others what the next block sees of the image.
-    const int64_t stretch = t.steps * layout_.slots * layout_.slot_values() * p_.element_size;
+    // Some tiles fetch the values for all; others what the next block sees of the image.
+    const int64_t step_values = layout_.slots * layout_.slot_values() * p_.element_size;
+    const int64_t stretch = t.steps * step_values, early_tile = tile.index - first_early_tile_;
     t.early = t.values;
     t.early_panel = t.values_panel;
-    if (tile.first_row == 0) {
-      t.early = early_;
+    t.early_step = step_values;
+    if (0 <= early_tile && early_tile < early_tiles_) {
+      t.early_step = ceil_div(step_values, early_tiles_);
+      const int64_t block_steps = std::min(p_.block_steps, layout_.steps - step);
+      t.early = early_ + (early_tile * block_steps + from - step) * t.early_step;
     } else if (next_x_.bytes > 0) {
       t.early = next_x_.first;
       t.early_panel = stretch;
@@ -437,7 +461,7 @@ class ConvBlock {
       outputs = outputs_to_store(tile, panel);
       t.outputs = &outputs;
     }
-    p_.tile(layout_, tile.tile_rows, at_once).run(t);
+    kernel(tile.tile_rows, at_once).run(t);
   }
 
   // ---- y ----
@@ -494,9 +518,11 @@ class ConvBlock {
   int64_t group_, first_panel_, panels_;
   int64_t plane_ = 0, first_line_ = 0, lines_ = 1;
   int64_t first_pixel_;
-  int64_t pixels_;          // side by side: of each line, or of the block
-  int64_t total_rows_ = 0;  // of all tiles
+  int64_t pixels_;                                  // side by side: of each line, or of the block
+  int64_t total_rows_ = 0;                          // of all tiles
+  int64_t first_early_tile_ = 0, early_tiles_ = 1;  // that fetch the values to be used next
   const uint8_t* channels_;
+  LinearTileKernel found_kernels_[kMaxPanelsAtOnce][kMaxTileRows] = {};
   int64_t first_decoded_ = 0;       // the panel whose indices come first
   const uint8_t* early_ = nullptr;  // the values to be used next
   Memory next_x_ = {nullptr, 0};    // not yet asked for

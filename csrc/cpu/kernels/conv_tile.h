@@ -38,13 +38,13 @@ struct DecodedTile {
       for (int slot = 0; slot < kSlots; slot += kGroup) {
         NMS_UNROLL
         for (int i = 0; i < kGroup * kPanels; ++i) {
-          prefetch(early + i % kPanels * t.early_panel);
-          if (i % kPanels == kPanels - 1) early += Format::kValueBytes;
+          prefetch(early + i % kPanels * t.early_panel + (slot + i / kPanels) * Format::kValueBytes);
         }
         group(t, values, indices, window, sums);
         values += kGroup * Format::kValueBytes;
         indices += kGroup * kIndexWords;
       }
+      early += t.early_step;
     }
     if (t.outputs != nullptr) return store(*t.outputs, sums);
     NMS_UNROLL

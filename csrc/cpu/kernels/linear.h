@@ -42,7 +42,8 @@ struct LinearTile {
   // For kernels of placed steps: bytes from x to the first row of each step [steps], and from one row to the next.
   const int32_t* x_steps = nullptr;
   int64_t x_row = 0;
-  int64_t early_panel = 0;  // kernels of decoded indices: bytes from what is fetched per step for a panel to the next's
+  // Kernels of decoded indices: bytes from what is fetched for a panel to the next's, and from one step to the next.
+  int64_t early_panel = 0, early_step = 0;
   // Kernels of decoded indices: if given, the sums do not go to memory but from registers to the outputs: of all rows
   // and of whole panels side by side, without a residual, Activation::kNone or kRelu. Sums and rows of it are not read.
   const StoreSums* outputs = nullptr;
