@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -184,6 +185,7 @@ def test_colours_and_bars_are_for_terminals(dense_file, monkeypatch):
     shown = on_a_terminal("verify", dense_file, "2:4")
     assert "\x1b[32mholds" in shown  # green
     assert "checking" in shown  # the progress bar
+    assert re.search(r"\d:\d\d:\d\d|-:--:--", shown)  # with the time that is left
     plain = on_a_terminal("verify", dense_file, "2:4", NO_COLOR="1")
     assert "\x1b[32m" not in plain
     assert "holds" in plain

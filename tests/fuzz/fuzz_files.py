@@ -37,7 +37,10 @@ import nmsparse_ext as nms
 from nmsparse_ext.tensor import NMTensor
 
 #: What is damaged, the first ones most often.
-KINDS = ("file", "shards", "bitmask", "torch", "asp", "modelopt", "onnx")
+KINDS = (
+    "file", "shards", "bitmask", "torch", "asp", "modelopt", "onnx", "cusparselt", "pruning", "nm-sparsity", "domino",
+    "scheme",
+)  # fmt: skip
 SECONDS = 60  # after which a load counts as hung
 
 
@@ -96,7 +99,22 @@ def make_corpus(folder: Path) -> dict[str, Path]:
         nms.deploy.from_peer(model), kinds["modelopt"] / "m.pt", format="modelopt", model=model
     )
     (kinds["onnx"] / "m.onnx").write_bytes(sample_onnx())
+    nms.deploy.to_peer({"w": half}, kinds["cusparselt"] / "m.pt", format="cusparselt", layout="sm90")
+    nms.deploy.to_peer(weights, kinds["pruning"] / "m.pt", format="torch-pruning")
+    nms.deploy.to_peer(weights, kinds["nm-sparsity"] / "m.pt", format="nm-sparsity")
+    net = sample_net()
+    nms.deploy.to_peer(nms.deploy.from_peer(net), kinds["domino"] / "m.txt", format="dominosearch", model=net)
+    nms.Scheme({"0": "2:4", "2.weight": "1:4"}).save(kinds["scheme"] / "m.json")
     return kinds
+
+
+def sample_net() -> nn.Module:
+    """What a scheme is for: the same layers in every call."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(32, 16), nn.Linear(16, 4))
+    for layer in (net[0], net[2]):
+        nms.nm_prune_(layer.weight.data, "2:4")
+    return net
 
 
 # ------------------------------------------------------------------------------------------------ mutations
@@ -360,8 +378,17 @@ def bits(tensor: Tensor) -> np.ndarray:
 def load(kind: str, folder: Path) -> dict[str, Tensor]:
     if kind in ("file", "shards"):
         return nms.load_file(folder)
-    files = sorted(folder.iterdir())
-    return nms.deploy.from_peer(files[0] if kind == "onnx" else folder)
+    file = min(folder.iterdir())
+    if kind == "domino":
+        return nms.deploy.from_peer(file, format="dominosearch", model=sample_net())
+    if kind == "scheme":  # for each weight that it names and the model has, that pattern
+        found = nms.Scheme.load(file).resolve(sample_net())
+        return {name: nms.compress(w.parameter.detach(), w.pattern, dim=w.group_dim, prune=True) for name, w in found.items()}  # fmt: skip
+    if kind == "cusparselt":
+        return nms.deploy.from_peer(file, format="cusparselt", layout="sm90")
+    if kind == "nm-sparsity":
+        return nms.deploy.from_peer(file, format="nm-sparsity", pattern="2:4", counts="kept")
+    return nms.deploy.from_peer(file if kind == "onnx" else folder)
 
 
 def check(kind: str, folder: Path) -> str:
@@ -369,6 +396,10 @@ def check(kind: str, folder: Path) -> str:
     try:
         loaded = load(kind, folder)
     except nms.FormatError:
+        return "refused"
+    except ValueError:
+        if kind not in ("scheme", "domino"):  # which may be whole, and of another model
+            raise
         return "refused"
     except FileNotFoundError:
         # The file to begin with may itself be gone.
