@@ -98,7 +98,7 @@ def test_activations(activation: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(y, expected, atol=2e-2, rtol=2e-2)
         found = torch.autograd.grad(y.float().sin().sum(), (x, bias))
         for a, b in zip(found, wanted, strict=True):
-            torch.testing.assert_close(a, b, atol=0.1 if dtype == torch.bfloat16 else 1e-4, rtol=2e-2)
+            torch.testing.assert_close(a, b, atol=0.25 if dtype == torch.bfloat16 else 1e-4, rtol=2e-2)
         with torch.autocast("cpu", torch.bfloat16):
             low = nms.linear(x, weight, bias, activation)
             assert low.dtype == torch.bfloat16
