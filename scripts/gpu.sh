@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-bench/results}
 limit=${GPU_LIMIT:-520}  # seconds for everything; what has not begun by then is left out and makes the run fail
+steps=${GPU_STEPS:-.}    # a regular expression: only the steps of such names, for a second run with little time
 mkdir -p "$out"
 
 section() { echo; echo "==== $1 (${SECONDS} s)"; }
@@ -18,6 +19,7 @@ failed=()
 step() {
     local name=$1 most=$((limit * $2 / 100)) left code=0
     shift 2
+    [[ $name =~ $steps ]] || { echo "$name: not among GPU_STEPS"; return; }
     left=$(remaining)
     if ((left < 10)); then  # it takes as long to import torch
         failed+=("$name (no time left)")
@@ -63,7 +65,7 @@ quick=(--quick)
 [[ -n ${GPU_FULL:-} ]] && quick=()
 
 section "bench_gpu_linear"  # which keeps what it has when its time is up
-step bench_gpu_linear 30 "$python" bench/bench_gpu_linear.py "${quick[@]}" --seconds $((limit * 25 / 100)) \
+step bench_gpu_linear 25 "$python" bench/bench_gpu_linear.py "${quick[@]}" --seconds $((limit * 20 / 100)) \
     --json "$out/bench_gpu_linear.json"
 
 section "what cuSPARSELt does here"
