@@ -75,6 +75,9 @@ def draw_chart(rows: Summary) -> Figure:
     axes[0].set_xlabel("part of the weight (%)")
     for axis, (title, dense, kept) in zip(axes[1:], columns, strict=True):
         _shares(axis, title, dense, kept)
+    for axis in axes:
+        axis.grid(visible=False, axis="y")  # it would strike the patterns through
+        axis.set_axisbelow(True)
     return figure
 
 
