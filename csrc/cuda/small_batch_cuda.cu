@@ -55,7 +55,8 @@ Tensor small_batch_linear_cuda(const Tensor& x, const Tensor& values, const Tens
   for (int64_t d = x.dim() - 2; d > 0; --d) in_rows = in_rows && x.stride(d - 1) == x.stride(d) * x.size(d);
   if (!in_rows) input = torch::stable::contiguous(x);
   p.x = data_of<uint16_t>(input);
-  p.x_row = x.dim() < 2 ? k : input.stride(x.dim() - 2);
+  // Not the copy's own strides: what has a dim of size 1 may count as contiguous as it is, with any stride there.
+  p.x_row = in_rows && x.dim() > 1 ? x.stride(x.dim() - 2) : k;
   p.values = const_bytes_of(values);
   p.indices = const_bytes_of(indices);
   p.format = packed_format(static_cast<int>(n), static_cast<int>(m));

@@ -102,7 +102,9 @@ def test_strides_and_offsets() -> None:
     expected = nmsparse.small_batch_linear(x, values, indices, None, None, n, m, 256, "none")
     odd = torch.cat([x.flatten()[:1], x.flatten()])[1:].view(6, 256)
     wide = torch.cat([x, x], 1)[:, :256]
-    for other in (odd, wide, x.T.contiguous().T, x.view(2, 3, 256), wide.view(2, 3, 256)):
+    batch = x.view(1, 6, 256)  # of one, whose stride says nothing of where tokens lie
+    views = odd, wide, x.T.contiguous().T, x.view(2, 3, 256), wide.view(2, 3, 256)
+    for other in (*views, batch, batch.transpose(0, 1), wide.view(1, 6, 256).transpose(0, 1)):
         y = nmsparse.small_batch_linear(other, values, indices, None, None, n, m, 256, "none")
         assert torch.equal(y.view(6, 48), expected)
     shifted = torch.cat([values.flatten()[:1], values.flatten()])[1:].view_as(values)
