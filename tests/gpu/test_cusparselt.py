@@ -129,7 +129,7 @@ def test_biases_that_move_share_a_plan() -> None:
     def counts() -> dict[str, int]:
         return next(one for one in cusparselt.statistics() if one["device"] == device)
 
-    cusparselt.clear(device)  # what other tests have left: a full cache of plans makes room for none of its own
+    cusparselt.clear(device)  # in a cache that other tests have filled, no bias gets a plan of its own
     cusparselt.linear(x, packed)
     before, expected = counts(), x.double() @ w.cuda().to_dense().double().T
     for bias in biases:
