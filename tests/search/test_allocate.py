@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import nmsparse_ext as nms
 from nmsparse_ext.search import Costs, find_candidates
@@ -211,6 +212,23 @@ def test_taylor_lets_gradients_go_and_leaves_the_model_alone():
     seen.clear()
     model(x).sum().backward()
     assert not seen
+
+
+@pytest.mark.parametrize("kind", ["compiled", "checkpointed"])
+def test_taylor_of_compiled_and_checkpointed_models(kind):
+    """Their gradients, too, come one weight at a time, once each."""
+    x = torch.randn(4, 16)
+
+    def step(model):
+        output = checkpoint(model, x, use_reentrant=False) if kind == "checkpointed" else model(x)
+        return output.square().mean()
+
+    model = torch.compile(mlp(), backend="aot_eager") if kind == "compiled" else mlp()
+    arguments = {"criterion": "taylor", "steps": 2}
+    found = nms.allocate(model, {"params": 0.4}, step=step, **arguments)
+    plain = nms.allocate(mlp(), {"params": 0.4}, step=lambda m: m(x).square().mean(), **arguments)
+    assert found.objective == pytest.approx(plain.objective, rel=1e-5)
+    assert found.scheme == plain.scheme
 
 
 def test_taylor_counts_gradients_that_are_not_finite():
