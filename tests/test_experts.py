@@ -82,7 +82,8 @@ def check_products(w: Tensor, weight: NMTensor, grad: bool) -> None:
         torch.testing.assert_close(got, expected, msg=lambda text, n=number: f"{n}: {text}")
         if grad:
             pair = (torch.autograd.grad(out.sin().sum(), leaf)[0] for out in (got, expected))
-            torch.testing.assert_close(*pair, atol=1e-4, rtol=1e-5)  # the cosine of an output times its rounding
+            # The sine multiplies the rounding of what goes in.
+            torch.testing.assert_close(*pair, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dim", [1, 2])
