@@ -113,9 +113,15 @@ def _dtypes(problem: Problem) -> str:
 # ----------------------------------------------------------------------------------------------- what can run
 
 
-def reasons(problem: Problem) -> dict[str, str | None]:
-    """For each of `BRANCHES`: None, or why it cannot run the problem."""
-    return {SMALL_BATCH: _why_no_small_batch(problem), LT: _why_no_lt(problem), DENSE: None}
+def reasons(problem: Problem, *, rounding: bool | None = None) -> dict[str, str | None]:
+    """For each of `BRANCHES`: None, or why it cannot run the problem.
+
+    Args:
+        problem: The weight.
+        rounding: Whether inputs may be rounded to 8 bits; None: what `allow_rounded_inputs` has said.
+    """
+    may_round = _rounded_inputs if rounding is None else rounding
+    return {SMALL_BATCH: _why_no_small_batch(problem), LT: _why_no_lt(problem, may_round), DENSE: None}
 
 
 def _why_no_small_batch(problem: Problem) -> str | None:
@@ -141,7 +147,7 @@ def _why_no_small_batch_on(device: torch.device) -> str | None:
     return None
 
 
-def _why_no_lt(problem: Problem) -> str | None:
+def _why_no_lt(problem: Problem, may_round: bool) -> str | None:
     if problem.inputs is not None and problem.inputs not in SMALL_BATCH_DTYPES:
         return f"cuSPARSELt takes float16 and bfloat16 inputs of 8-bit weights, not {_name(problem.inputs)}"
     if problem.dtype not in lt.MULTIPLES or (problem.dtype.itemsize == 1 and problem.inputs is None):
@@ -156,7 +162,7 @@ def _why_no_lt(problem: Problem) -> str | None:
         return f"cuSPARSELt needs whole groups, {problem.k} is no multiple of {pattern.m}"
     if problem.dtype == torch.float32 and not _tf32():
         return "sparse tensor cores round float32 to TF32, which torch.backends.cuda.matmul does not allow"
-    if problem.inputs is not None and not _rounded_inputs:
+    if problem.inputs is not None and not may_round:
         return (
             f"sparse tensor cores would have inputs rounded to {_name(problem.dtype)}, which "
             "crossover.allow_rounded_inputs() allows"
@@ -455,7 +461,9 @@ def measure(problem: Problem, timer: Timer, tokens: Sequence[int] = TOKENS) -> M
     Raises:
         RuntimeError: The GPU's memory does not suffice for any of them.
     """
-    possible = [branch for branch, reason in reasons(problem).items() if reason is None]
+    # Timed, too, where inputs may not be rounded now: what is kept is to hold for when they may.
+    can = reasons(problem, rounding=True)
+    possible = [branch for branch, reason in can.items() if reason is None]
     points: dict[int, dict[str, float]] = {}
     failure: RuntimeError | None = None
     for count in sorted(set(tokens)):

@@ -268,6 +268,20 @@ def test_measured_like_other_weights(dtype: torch.dtype, monkeypatch: pytest.Mon
     assert crossover.measured(problem(dtype, torch.bfloat16)) is not None
 
 
+def test_what_was_measured_before_inputs_could_be_rounded_counts_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engines_cuda_8bit, "_Timer", _Stub)
+    monkeypatch.setattr(engines_cuda, "_may_measure", lambda values: True)
+    w = engines_cuda_8bit.tuned(eight_bits(INT8), 64)
+    assert not w.form_blob.numel()
+    assert "cusparselt" not in str(crossover.choices_for(problem(INT8, torch.bfloat16)))
+    monkeypatch.setattr(engines_cuda_8bit, "_Timer", None)  # nothing is measured again
+    crossover.allow_rounded_inputs()
+    assert str(crossover.choices_for(problem(INT8, torch.bfloat16))) == "cusparselt always"
+    assert engines_cuda_8bit.tuned(w, 64).form_blob.numel()
+
+
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8])
 def test_what_is_timed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmsparse_ext._crossover_timer.COLD_BYTES", 4 * ROWS * K)
