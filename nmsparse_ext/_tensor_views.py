@@ -19,7 +19,7 @@ from ._checks import WEIGHT_DTYPES
 from ._forms import SharedForms
 from ._tensor_checks import refuse_violation
 from ._tensor_tables import FUNCTIONS, implements, unsupported
-from .engines import ENGINES, Engine, best_engine, portable, unpack
+from .engines import ENGINES, Engine, best_engine, best_stack_engine, portable, unpack
 from .tensor import NMTensor
 
 aten = torch.ops.aten
@@ -102,7 +102,8 @@ def _to_copy(
     engine = ENGINES[weight.engine]
     # Nor does one stay that would round what it did not have to round before.
     stays = engine.why_not(moved) is None and (engine.chosen_for(moved) or not engine.chosen_for(weight))
-    chosen = engine if stays else best_engine(moved)
+    best = best_stack_engine if engine.matrix_engine else best_engine
+    chosen = engine if stays else best(moved)
     return moved.with_engine(chosen.name, keep=weight.keep if chosen.restore is not None else "both")
 
 

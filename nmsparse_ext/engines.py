@@ -108,6 +108,16 @@ def best_engine(weight: NMTensor) -> Engine:
     )
 
 
+def best_stack_engine(weight: NMTensor) -> Engine:
+    """Returns the most preferred engine that can run a stack of matrices where it is. There always is one.
+
+    By its shape a stack ``[experts, in, out]`` could be the weight of a 1-D convolution, too, which
+    `best_engine` takes it for. By "decompress" its matrices still go to what runs each from the packed form.
+    """
+    stacks = (engine for engine in ENGINES.values() if engine.matrix_engine)
+    return next((engine for engine in stacks if engine.why_not(weight) is None), ENGINES["decompress"])
+
+
 def find_engine(name: str) -> Engine:
     """Returns the engine of that name.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from samples import assert_same_bits
 from torch import Tensor, nn
 
 import nmsparse_ext as nms
+from nmsparse_ext import engines
+from nmsparse_ext._as_on_a_gpu import as_on_a_gpu
 from nmsparse_ext._build import extension
 from nmsparse_ext.registry import register_module
 from nmsparse_ext.tensor import NMTensor
@@ -213,3 +217,16 @@ def test_a_stack_that_was_taken_for_a_convolutions_weight() -> None:
     packed, x = nms.compress(w, "2:4", dim=1, prune=True), torch.randn(48, 5, 32)
     torch.testing.assert_close(torch.bmm(x, packed), torch.bmm(x, packed.to_dense()))
     torch.testing.assert_close(torch.matmul(x, packed), torch.matmul(x, packed.to_dense()))
+
+
+@pytest.mark.skipif(extension is None, reason="panels are for the compiled extension")
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_stack_stays_one_on_a_gpu(dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, what was taken for a convolution's weight would be held dense, too."""
+    stack = nms.compress(torch.randn(4, 32, 64), "2:4", dim=dim, prune=True).with_engine("cpu-expert-panels")
+    not_there = dataclasses.replace(engines.ENGINES[stack.engine], why_not=lambda weight: "it is on a GPU")
+    monkeypatch.setitem(engines.ENGINES, stack.engine, not_there)
+    with as_on_a_gpu(tmp_path / "crossovers.json"):
+        assert stack.to(torch.bfloat16).engine == "decompress"
+        conv = nms.compress(torch.randn(32, 64, 3), "2:4", prune=True)
+        assert conv.to(torch.bfloat16).engine == "cuda-conv"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conv_panels import why_unaligned
-from ..engines import ENGINES, Engine, best_engine, find_engine
+from ..engines import Engine, best_engine, best_stack_engine, find_engine
 from ..tensor import Keep, NMTensor
 
 
@@ -38,14 +38,9 @@ def why_unpacked(module: nn.Module, weight: Tensor) -> str | None:
 
 
 def engine_for(module: nn.Module, weight: NMTensor) -> Engine:
-    """The engine for the products that ``module`` makes with its weight.
-
-    By its shape a stack of matrices ``[experts, in, out]`` could be the weight of a 1-D convolution, too.
-    """
-    if len(weight.rows) != 2 or _is_conv(module):
-        return best_engine(weight)
-    stacks = [engine for engine in ENGINES.values() if engine.matrix_engine or not engine.forms]
-    return next(engine for engine in stacks if engine.why_not(weight) is None)
+    """The engine for the products that ``module`` makes with its weight."""
+    is_stack = len(weight.rows) == 2 and not _is_conv(module)
+    return best_stack_engine(weight) if is_stack else best_engine(weight)
 
 
 def with_engine_for(module: nn.Module, weight: NMTensor, engine: str | None, keep: Keep) -> NMTensor:
