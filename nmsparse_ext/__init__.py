@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ._import_hook import import_after
+from ._import_hook import import_after, import_before
 
 if TYPE_CHECKING:  # what `__getattr__` brings when the program runs
     from . import compat as compat
@@ -104,6 +104,8 @@ _LAZY = {
     "transposable_mask": "ops",
 }
 
+# Modules that need no torch, with all below them.
+_WITHOUT_TORCH = ("__main__", "_import_hook", "cli", "errors", "pattern")
 
 # Rooms with more than what stands here, such as `nms.train.Rule` or `nms.optim.SGD`.
 _ROOMS = ("compat", "deploy", "integrations", "optim", "prune", "search", "train")
@@ -113,10 +115,14 @@ if not TYPE_CHECKING:  # else every misspelt name would be of type Any
 
     def __getattr__(name: str) -> Any:
         if name in _LAZY:
+            if _LAZY[name] not in _WITHOUT_TORCH:
+                import_module("torch")  # before a lock of ours is held: who imports torch comes for that next
             value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
             globals()[name] = value
             return value
-        if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        if not name.startswith("_") and "." not in name and find_spec(f"{__name__}.{name}") is not None:
+            if name not in _WITHOUT_TORCH:
+                import_module("torch")
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -130,6 +136,7 @@ if sys.modules.get("torch") is not None:
     import_module(f"{__name__}.tensor")  # its errors are the importer's; the hook keeps them from torch's
 else:
     import_after("torch", f"{__name__}.tensor")
+    import_before("torch", __name__, without=_WITHOUT_TORCH)
 
 # transformers' models are saved and loaded packed. Not imported here: it takes seconds.
 import_after("transformers.quantizers.auto", f"{__name__}.integrations.transformers")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nmsparse_ext._import_hook import import_after
+from nmsparse_ext._import_hook import import_after, import_before
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +99,37 @@ def test_errors_of_theirs_are_theirs() -> None:
     Path(part.origin).write_text(text + "# longer, so that no compiled file fits\n")
     importlib.invalidate_caches()
     assert importlib.import_module("theirs.part").LOADED == ["ours_works"]
+
+
+@pytest.mark.parametrize("name", ["ours_package.user", "ours_package.needed", "ours_package.all"])
+def test_before_any_module_of_ours(name: str, tmp_path: Path) -> None:
+    """All modules import the other library; one is imported after it, and needs a whole one of ours."""
+    (tmp_path / "ours_package").mkdir()
+    (tmp_path / "ours_package" / "__init__.py").write_text("")
+    (tmp_path / "ours_package" / "plain.py").write_text("")
+    (tmp_path / "ours_package" / "needed.py").write_text(
+        "from theirs import part\npart.LOADED.append(__name__)\nWHOLE = True\n"
+    )
+    (tmp_path / "ours_package" / "all.py").write_text(
+        "from theirs import part\nfrom ours_package import needed\nassert needed.WHOLE\n"
+        "part.LOADED.append(__name__)\n"
+    )
+    (tmp_path / "ours_package" / "user.py").write_text(
+        "from theirs import part\npart.LOADED.append(__name__)\n"
+    )
+    import_after("theirs.part", "ours_package.all")
+    import_before("theirs.part", "ours_package", without=("plain",))
+    importlib.import_module("ours_package.plain")
+    assert importlib.util.find_spec(name) is not None
+    assert "theirs.part" not in sys.modules
+    module = importlib.import_module(name)
+    assert module is sys.modules[name]
+    loaded = sys.modules["theirs.part"].LOADED
+    assert loaded == [  # each once
+        "ours_package.needed",
+        "ours_package.all",
+        *(["ours_package.user"] if name == "ours_package.user" else []),
+    ]
+    assert module.__spec__ is not None
+    assert module.__spec__.loader is module.__loader__
+    assert type(module.__loader__).__module__ == "_frozen_importlib_external"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +43,9 @@ def test_what_type_checkers_see_is_what_there_is() -> None:
     assert sorted(nms._LAZY) == sorted(nms.__all__)
 
 
-@pytest.mark.parametrize("name", ["nm_maks", "_hidden", "recipes_"])
+@pytest.mark.parametrize("name", ["nm_maks", "_hidden", "recipes_", "ops.x", "nothing.x"])
 def test_what_is_not_there(name: str) -> None:
-    with pytest.raises(AttributeError, match=f"module 'nmsparse_ext' has no attribute '{name}'"):
+    with pytest.raises(AttributeError, match=f"module 'nmsparse_ext' has no attribute '{re.escape(name)}'"):
         getattr(nms, name)
 
 
@@ -57,19 +58,48 @@ def test_importing_it_imports_no_torch() -> None:
 
 @pytest.mark.parametrize(
     "imports",
-    ["nmsparse_ext, torch", "torch, nmsparse_ext", "nmsparse_ext.cli, torch", "nmsparse_ext.tensor"],
+    [
+        "nmsparse_ext, torch",
+        "torch, nmsparse_ext",
+        "nmsparse_ext.cli, torch",
+        "nmsparse_ext.tensor",
+        "nmsparse_ext.ops",
+        "nmsparse_ext.reference",
+        "nmsparse_ext as nms; nms.nm_mask; import torch",
+        "nmsparse_ext as nms; nms.build_info(); import torch",
+    ],
 )
 def test_torch_knows_packed_tensors_and_ops_at_once(imports: str, tmp_path: Path) -> None:
     weight = nms.compress(nms.nm_prune(torch.randn(4, 8), "2:4"), "2:4")
     torch.save({"w": weight}, tmp_path / "w.pt")
     code = (
-        f"import {imports}, sys\n"
+        f"import sys, {imports}\n"
         "torch = sys.modules['torch']\n"
         "print(torch.load(sys.argv[1])['w'].pattern, torch.ops.nmsparse.sgd_)"
     )
     found = run(code, str(tmp_path / "w.pt"))
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("2:4 nmsparse.sgd_")
+    assert found.stderr == ""
+
+
+def test_threads_that_use_it_at_once() -> None:
+    """None holds what another one waits for, whoever of them imports torch."""
+    found = run(
+        "import threading, nmsparse_ext as nms\n"
+        "names = ['nm_mask', 'compress', 'linear', 'Sparsifier', 'save_file']\n"
+        "barrier = threading.Barrier(len(names) + 1)\n"
+        "def use(name):\n"
+        "    barrier.wait()\n"
+        "    getattr(nms, name) if name else __import__('torch').zeros(1)\n"
+        "    done.append(name)\n"
+        "done = []\n"
+        "threads = [threading.Thread(target=use, args=(name,)) for name in ('', *names)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "assert sorted(done) == sorted(['', *names]), done\n"
+    )
+    assert found.returncode == 0, found.stderr
     assert found.stderr == ""
 
 
