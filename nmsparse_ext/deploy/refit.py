@@ -8,6 +8,7 @@ from torch import nn
 
 from .. import engines_cuda, engines_cuda_8bit
 from ..tensor import NMTensor
+from ..weights import canonical_name
 from .convert import ignore_in_ddp
 from .listeners import announce_packed
 from .plan import why
@@ -42,7 +43,7 @@ def refit(model: nn.Module) -> int:
                     continue
                 freed += parameter.held_nbytes - fitting.held_nbytes
                 fitted[id(parameter)] = parameter, nn.Parameter(fitting, requires_grad=False)
-                changed[f"{prefix}.{name}" if prefix else name] = fitting
+                changed[canonical_name(f"{prefix}.{name}" if prefix else name)] = fitting
             setattr(module, name, fitted[id(parameter)][1])
     if fitted:
         ignore_in_ddp(model)
