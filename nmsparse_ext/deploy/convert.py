@@ -64,11 +64,11 @@ def convert(
         example_input: What the model is called with in earnest: a tensor, a tuple of arguments or a mapping
             of keyword arguments.
         policy: ``"auto"`` packs where that is measured to be faster, ``"always"`` wherever the pattern holds.
-        against: ``"best"`` packs what is faster than the fastest dense product. ``"eager"`` packs what is
-            faster than the layer in eager mode, for models that will not be compiled. ``"compiled"`` is
-            ``"best"`` for the layers, but then times the whole model compiled: dense with freezing, and
-            packed with `inductor_options`. Each version is compiled, which takes its time, and is a copy of
-            the model.
+        against: ``"best"`` packs what is faster in eager mode, and whose bare product, as compiled models
+            call it, is faster than the fastest dense one. ``"eager"`` packs what is faster than the layer in
+            eager mode, for models that will not be compiled. ``"compiled"`` compares bare products alone,
+            and then times the whole model compiled: dense with freezing, and packed with
+            `inductor_options`. Each version is compiled, which takes its time, and is a copy of the model.
         engine: Name of the engine to run packed weights with; ``None`` chooses the best for each. Weights
             that it cannot run get the best one that can, and the report says why.
         keep: ``"both"`` holds the packed form and what the engine multiplies with. ``"engine"`` holds only

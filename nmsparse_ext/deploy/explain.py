@@ -233,16 +233,16 @@ def _raced(plan: Plan, hints: _Hints) -> Verdict:
         seconds.dense * 1e3 if measured else None,
         seconds.prepacked * 1e3 if seconds.prepacked else None,
         seconds.packed * 1e3 if measured else None,
-        seconds.best_dense / seconds.packed if measured else None,
+        seconds.gain if measured else None,
         packed.engine,
     )
 
 
 def _times(seconds: Seconds) -> str:
-    ratio = seconds.packed / seconds.best_dense
-    both = f"{seconds.best_dense * 1e3:.3f} ms against {seconds.packed * 1e3:.3f} ms packed"
-    if ratio >= 1:
-        return f"dense is {ratio:.2f}x as fast: {both}"
+    dense, packed = seconds.hardest
+    both = f"{dense * 1e3:.3f} ms against {packed * 1e3:.3f} ms packed"
+    if packed >= dense:
+        return f"dense is {packed / dense:.2f}x as fast: {both}"
     return f"packed gains less than the noise of a measurement: dense {both}"
 
 
@@ -304,7 +304,7 @@ class _Hints:
                 x = _rows(count, module)
                 alone = {"packed": plan.packed}
                 timed[count] = time_layer(module, module, attr, alone, (x,), {}, flush=self._flush)["packed"]
-            ratio = timed[count].best_dense / timed[count].packed
+            ratio = timed[count].gain
             if ratio >= MIN_GAIN:
                 few = "few" if plan.tokens < count else "many"
                 return f"too {few} tokens (with {count} packed is {ratio:.2f}x as fast)"

@@ -34,13 +34,36 @@ class Seconds:
         prepacked: The same product with a weight that a library packed beforehand, as compiled and frozen
             models call it; 0 where there is none.
         best_dense: The faster of the two, input by input.
-        packed: With the packed weight.
+        packed: With the packed weight, in eager mode.
+        best_packed: The faster of that and of the bare op, as compiled models call it, input by input.
     """
 
     dense: float = 0.0
     prepacked: float = 0.0
     best_dense: float = 0.0
     packed: float = 0.0
+    best_packed: float = 0.0
+
+    @property
+    def over_eager(self) -> float:
+        """How many times as fast the layer is packed, in eager mode."""
+        return self.dense / self.packed
+
+    @property
+    def over_best(self) -> float:
+        """The same of the fastest dense product and the fastest packed one: like with like."""
+        return self.best_dense / self.best_packed
+
+    @property
+    def hardest(self) -> tuple[float, float]:
+        """Dense and packed seconds of that of these two comparisons in which packed gains less."""
+        fastest, eager = (self.best_dense, self.best_packed), (self.dense, self.packed)
+        return fastest if self.over_best <= self.over_eager else eager
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast packed is, compiled or not."""
+        return min(self.over_best, self.over_eager)
 
     def __add__(self, other: Seconds) -> Seconds:
         sums = (a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
@@ -85,6 +108,7 @@ class Plan:
             dense_ms=_milliseconds(self.seconds.dense),
             prepacked_ms=_milliseconds(self.seconds.prepacked),
             packed_ms=_milliseconds(self.seconds.packed),
+            bare_ms=_milliseconds(self.seconds.best_packed),
             dense_bytes=shape.numel() * itemsize,
             packed_bytes=tensor.held_nbytes if isinstance(tensor, NMTensor) else None,
             engine=tensor.engine if isinstance(tensor, NMTensor) else None,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import engines_cuda, engines_cuda_8bit
 from ..tensor import NMTensor
+from .bare import bare_product
 from .example import ExampleInput, caller_of, run_example, tokens
 from .measure import Flush, alternate, last_level_cache
 from .plan import Plan, Seconds
@@ -103,19 +104,19 @@ def _decide(plan: Plan, failure: str | None, rival: str) -> None:
     if seconds.dense == 0:
         plan.choose("dense", "not timed: the example input did not reach its module")
         return
-    dense = seconds.dense if rival == "eager" else seconds.best_dense
-    ratio = dense / seconds.packed
-    than = ""
-    if rival == "best" and seconds.best_dense < seconds.dense:
-        than = f" as with a prepacked dense weight, {_times(seconds.dense / seconds.packed)} as in eager mode"
-    if ratio >= MIN_GAIN:
-        plan.choose("packed", f"packed is {_times(ratio)}{than}")
-    elif ratio >= 1:
-        plan.choose("dense", f"packed is {_times(ratio)}{than}, within the noise")
-    elif than:
-        plan.choose("dense", f"packed is {_times(ratio)}{than}")
+    gains = {"eager": seconds.over_eager, "best": seconds.gain, "compiled": seconds.over_best}
+    gain = gains[rival]
+    if rival != "eager" and seconds.best_dense < seconds.dense:
+        reason = (
+            f"packed is {_times(seconds.over_best)} as with a prepacked dense weight, "
+            f"{_times(seconds.over_eager)} as in eager mode"
+        )
     else:
-        plan.choose("dense", f"dense is {_times(1 / ratio)}")
+        reason = f"packed is {_times(gain)}" if gain >= 1 else f"dense is {_times(1 / gain)}"
+    if gain >= MIN_GAIN:
+        plan.choose("packed", reason)
+    else:
+        plan.choose("dense", f"{reason}, within the noise" if gain >= 1 else reason)
 
 
 def _times(ratio: float) -> str:
@@ -170,18 +171,27 @@ def time_layer(
 
     calls: dict[str, Callable[[], object]] = {"dense": with_weight(dense)}
     calls |= {name: with_weight(parameter) for name, parameter in packed.items()}
-    rivals = prepacked_calls(module, args, kwargs, dtype) if caller is module and attr == "weight" else {}
+    plain = caller is module and attr == "weight"
+    rivals = prepacked_calls(module, args, kwargs, dtype) if plain else {}
     device = dense.device if dense is not None else torch.device("cpu")
+    bare: dict[str, Callable[[], object]] = {}
     try:
-        seconds = alternate(calls | rivals, device, before=None if flush is None else before)
+        if plain and device.type == "cpu":
+            calls["dense"]()  # what is wrong with the inputs is said by PyTorch, then
+            ops = {f"{name}, bare": bare_product(calls[name]) for name in packed}
+            bare = {name: op for name, op in ops.items() if op is not None}
+        seconds = alternate(calls | bare | rivals, device, before=None if flush is None else before)
     finally:
         module._parameters[attr] = dense
     prepacked = min((seconds[name] for name in rivals), default=0.0)
     best = min(seconds["dense"], prepacked) if rivals else seconds["dense"]
-    return {
-        name: Seconds(seconds["dense"], prepacked, best, best if name == "dense" else seconds[name])
-        for name in ("dense", *packed)
-    }
+    found = {"dense": Seconds(seconds["dense"], prepacked, best, best, best)}
+    for name in packed:
+        time = seconds[name]
+        found[name] = Seconds(
+            seconds["dense"], prepacked, best, time, min(time, seconds.get(f"{name}, bare", time))
+        )
+    return found
 
 
 def layer_kind(caller: nn.Module, module: nn.Module, attr: str) -> tuple:

@@ -49,7 +49,7 @@ class Compared:
         prepacked_ms: With a dense weight that oneDNN or MKL packed beforehand; ``None`` where there is none.
         packed_ms: Median time packed.
         to_eager: Dense time in eager mode, divided by the packed one.
-        to_best: The faster of the dense times, divided by the packed one.
+        to_best: The fastest dense product, divided by the fastest packed one: as compiled models call both.
     """
 
     name: str
@@ -142,8 +142,8 @@ def _row(plan: Plan, seconds: Sequence[Seconds]) -> Compared:
         dense_ms=statistics.median(one.dense for one in seconds) * 1e3,
         prepacked_ms=statistics.median(prepacked) * 1e3 if prepacked else None,
         packed_ms=statistics.median(one.packed for one in seconds) * 1e3,
-        to_eager=Spread.of([one.dense / one.packed for one in seconds]),
-        to_best=Spread.of([one.best_dense / one.packed for one in seconds]),
+        to_eager=Spread.of([one.over_eager for one in seconds]),
+        to_best=Spread.of([one.over_best for one in seconds]),
     )
 
 

@@ -25,7 +25,8 @@ class LayerReport:
             ``None`` if not measured.
         prepacked_ms: The same product with a weight that oneDNN or MKL packed beforehand, as compiled and
             frozen models call it; ``None`` where there is none.
-        packed_ms: The time of the module with the packed weight.
+        packed_ms: The time of the module with the packed weight, in eager mode.
+        bare_ms: The faster of that and of its product alone, as compiled models call it.
         dense_bytes: Bytes of the dense weight.
         packed_bytes: Bytes of the packed weight, with what its engine keeps; ``None`` without a pattern.
         engine: The engine that runs, or would run, the packed weight; ``None`` without a pattern.
@@ -39,6 +40,7 @@ class LayerReport:
     dense_ms: float | None
     prepacked_ms: float | None
     packed_ms: float | None
+    bare_ms: float | None
     dense_bytes: int
     packed_bytes: int | None
     engine: str | None
@@ -116,6 +118,7 @@ class Report(Sequence[LayerReport]):
             "dense ms",
             "prepacked ms",
             "packed ms",
+            "bare ms",
             "dense bytes",
             "packed bytes",
             "choice",
@@ -129,6 +132,7 @@ class Report(Sequence[LayerReport]):
                 _milliseconds(row.dense_ms),
                 _milliseconds(row.prepacked_ms),
                 _milliseconds(row.packed_ms),
+                _milliseconds(row.bare_ms),
                 number(row.dense_bytes),
                 number(row.packed_bytes),
                 row.choice,
@@ -144,7 +148,7 @@ class Report(Sequence[LayerReport]):
             compiled = "compiled " if self.whole.compiled else ""
             total += f"; the {compiled}model takes {self.whole.packed_ms:.3f} ms, "
             total += f"dense {self.whole.dense_ms:.3f} ms"
-        return f"{table(head, body, words=(0, 1, 8, 9))}\n{total}"
+        return f"{table(head, body, words=(0, 1, 9, 10))}\n{total}"
 
 
 def report(model: nn.Module) -> Report:

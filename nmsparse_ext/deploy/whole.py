@@ -40,7 +40,7 @@ def undo_slower(
         The times; ``None`` if nothing is to be packed.
     """
     chosen = [plan for plan in plans if plan.choice == "packed"]
-    chosen.sort(key=lambda plan: plan.seconds.dense / plan.seconds.packed, reverse=True)
+    chosen.sort(key=lambda plan: plan.seconds.over_eager, reverse=True)
     if not chosen:
         return None
     device = chosen[0].weight.parameter.device

