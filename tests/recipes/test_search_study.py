@@ -130,7 +130,8 @@ def test_a_plan_that_extends_another_goes_on_with_its_runs(tmp_path, plan_of):
     assert {after[key]["plan"] for key in after.keys() - before.keys()} == {plan.digest}
     assert set(after) == {job.key for job in plan.jobs()}
     page = write_report(file, plan, tmp_path / "out").read_text()
-    assert f"It extends an earlier one ({first.digest}): 4 of the runs are of that one" in page
+    assert f"It extends a plan ({first.digest}) that was fixed before its tested runs were made" in page
+    assert "4 of the runs are of that one" in page
     assert "seen before the other 2 were made" in page
     records = read_records(file, plan.digest, first.digest)
     assert "extends" not in render({key: records[key] for key in before}, first)

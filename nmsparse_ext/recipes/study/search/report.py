@@ -38,7 +38,7 @@ def render(records: Records, plan: SearchPlan) -> str:
         "",
         f"Made by `nmsparse study report --plan search_study` from {made} of {len(jobs)} runs of the plan "
         f"`recipes/search_study.toml` (digest {plan.digest}), {seconds / 60:.0f} minutes of one core "
-        f"together. The plan was fixed before the tested runs were made.{_extension(records, plan)}",
+        f"together. {_fixed(records, plan)}",
         "",
         *_what(plan),
         "",
@@ -56,14 +56,15 @@ def render(records: Records, plan: SearchPlan) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _extension(records: Records, plan: SearchPlan) -> str:
-    """Which runs were known when the plan got its present form."""
+def _fixed(records: Records, plan: SearchPlan) -> str:
+    """What of the plan was fixed when, and which runs were known when it got its present form."""
+    fixed = "fixed before its tested runs were made"
     before = sum(record["plan"] in plan.extends for record in records.values())
     if not before:
-        return ""
+        return f"The plan was {fixed}."
     return (
-        f" It extends an earlier one ({', '.join(plan.extends)}): {before} of the runs are of that one, and "
-        f"were seen before the other {len(records) - before} were made; none was made again."
+        f"It extends a plan ({', '.join(plan.extends)}) that was {fixed}: {before} of the runs are of that "
+        f"one, and were seen before the other {len(records) - before} were made; none was made again."
     )
 
 
