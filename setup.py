@@ -32,7 +32,7 @@ from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # pip runs this file with another sys.path
 
-from sources import CPU_SOURCES, CUDA_SOURCES, HEADERS
+from sources import CPU_SOURCES, CUDA_SOURCES, HEADERS, ROOT
 
 MIN_TORCH = (2, 11)
 TORCH_TARGET = "0x020b000000000000"  # MIN_TORCH as the stable ABI spells it; newer APIs then do not compile
@@ -109,9 +109,11 @@ def extension(kind: str) -> dict[str, Any]:
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         *(["-O0", "-g", "-UNDEBUG"] if debug else ["-O3"]),
     ]
+    # Errors name the source files, which do not lie where they were compiled.
+    prefix = f"-fmacro-prefix-map={ROOT}/="
     # No contraction: the same source must round alike on every instruction set. Fused multiply-adds
     # are written where they are wanted.
-    cxx = [*common, "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", *isystem]
+    cxx = [*common, prefix, "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", *isystem]
     sanitize = os.environ.get("NMSPARSE_SANITIZE", "").strip()
     checks = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
     if sanitize:  # optimised as little as the intrinsics' templates allow, as in CMakeLists.txt

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <string>
 #include <vector>
 
 #include "core/dtype.h"
@@ -58,6 +59,13 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   std::vector<int64_t> sizes(t.dim());
   for (size_t d = 0; d < sizes.size(); ++d) sizes[d] = t.size(static_cast<int64_t>(d));
   return sizes;
+}
+
+/// The sizes as error messages show them, such as "[2, 3]".
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + "]";
 }
 
 inline std::vector<int64_t> strides_of(const Tensor& t) {

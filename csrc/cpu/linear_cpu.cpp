@@ -82,7 +82,8 @@ Tensor panel_linear_cpu(const Tensor& x, const Tensor& value_panels, const Tenso
                         std::optional<Tensor> bias, int64_t n, int64_t m, int64_t rows, int64_t k,
                         std::string activation) {
   check_panels(value_panels, index_panels, n, m, rows, k);
-  NMS_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "the last size of x must be k = ", k);
+  NMS_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "the last size of x must be k = ", k, ", got shape ",
+            shape_text(x));
   check_product_operands(x, value_panels, bias, rows);
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = rows;

@@ -53,7 +53,8 @@ Tensor panel_linear_int8_cpu(const Tensor& x, const Tensor& value_panels, const 
   check_row_operand(sums, "sums", ScalarType::Int, "int32", rows, value_panels);
   NMS_CHECK(ceil_div(k, m) * n <= kMaxInt8Kept, "rows must keep at most ", kMaxInt8Kept,
             " weights for sums in 32 bits, got k = ", k, " in ", n, ":", m);
-  NMS_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "the last size of x must be k = ", k);
+  NMS_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "the last size of x must be k = ", k, ", got shape ",
+            shape_text(x));
   const ScalarType type = x.scalar_type();
   NMS_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
             "x must be float32, bfloat16 or float16");

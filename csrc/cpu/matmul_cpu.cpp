@@ -16,7 +16,8 @@ namespace {
 Tensor panel_matmul_cpu(const Tensor& x, const Tensor& value_panels, const Tensor& index_panels, int64_t n, int64_t m,
                         int64_t rows, int64_t k) {
   check_panels(value_panels, index_panels, n, m, rows, k);
-  NMS_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == rows, "the last size of x must be rows = ", rows);
+  NMS_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == rows, "the last size of x must be rows = ", rows, ", got shape ",
+            shape_text(x));
   std::optional<Tensor> no_bias;
   check_product_operands(x, value_panels, no_bias, rows);
   std::vector<int64_t> sizes = sizes_of(x);

@@ -24,7 +24,8 @@ Tensor small_batch_linear_cuda(const Tensor& x, const Tensor& values, const Tens
   check_pattern(n, m);
   const ScalarType type = x.scalar_type();
   NMS_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "x must be bfloat16 or float16");
-  NMS_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "the last size of x must be k = ", k);
+  NMS_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "the last size of x must be k = ", k, ", got shape ",
+            shape_text(x));
   NMS_CHECK(k <= kMaxInputs, "k must be at most 2^30, got ", k);
   const bool int8 = values.scalar_type() == ScalarType::Char;
   NMS_CHECK(int8 || values.scalar_type() == type, "values must have the dtype of x, or be int8");
