@@ -73,7 +73,7 @@ MUTATED_ARGS: dict[str, tuple[str, ...]] = {
 
 
 #: Ops that are Python on every device, which engines register; packed weights in graphs call them.
-ENGINE_OPS = ("tuned_linear", "int8_weight_linear")
+ENGINE_OPS = ("tuned_linear", "eight_bit_linear")
 
 
 def schema_of(name: str) -> str:

@@ -62,6 +62,20 @@ def test_caches_of_compiled_code_know_the_ops(monkeypatch: pytest.MonkeyPatch) -
     assert hits == [0, 1, 0]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_caches_of_compiled_code_serve_packed_weights() -> None:
+    net, x = packed_copy(pruned_net()), torch.randn(2, 8, 6, 6)
+    hits = []
+    with fresh_cache(), torch.no_grad():
+        for _ in range(2):
+            torch._dynamo.reset()
+            counters.clear()
+            torch.compile(net)(x)
+            hits.append(counters["aot_autograd"]["autograd_cache_hit"])
+    assert hits == [0, 1]
+
+
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compile_attention_and_products() -> None:
     dense = nn.MultiheadAttention(16, 4, batch_first=True).eval()
