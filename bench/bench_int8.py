@@ -22,6 +22,7 @@ Results are merged into the file given by ``--out``: rows measured again replace
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import warnings
@@ -118,7 +119,8 @@ def float_calls(x: Tensor, weight: Tensor, pattern: str) -> dict[str, Call]:
         name, y, dense = str(dtype).removeprefix("torch."), x.to(dtype), weight.to(dtype)
         weights = [dense.clone() for _ in range(copies(dense.nbytes))]
         calls[f"{name} dense"] = plain_call(y, weights)
-        calls[f"{name} oneDNN prepacked"] = onednn_call(y, weights)
+        with contextlib.suppress(RuntimeError):  # not for this dtype or processor
+            calls[f"{name} oneDNN prepacked"] = onednn_call(y, weights)
         calls[f"{name} packed {pattern}"] = plain_call(y, packed_weights(dense, pattern, "cpu-panels"))
     return {name: call for name, call in calls.items() if works(call)}
 
