@@ -10,6 +10,8 @@ import pytest
 import torch
 from engines import CPU_ISAS, CUDA, Engine, use_engine
 
+from nmsparse_ext._as_on_a_gpu import as_on_a_gpu
+
 try:
     import hypothesis
 except ModuleNotFoundError:
@@ -86,6 +88,13 @@ def _own_random_numbers(pytestconfig: pytest.Config) -> Iterator[None]:
     torch.manual_seed(pytestconfig.getoption("--seed"))
     yield
     torch.random.set_rng_state(state)
+
+
+@pytest.fixture
+def gpu(tmp_path: Path) -> Iterator[None]:
+    """The CPU, as if it were a GPU, with a table of crossovers of its own."""
+    with as_on_a_gpu(tmp_path / "crossovers.json"):
+        yield
 
 
 @pytest.fixture(params=["cpu", CUDA])

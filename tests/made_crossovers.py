@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
+import pytest
 import torch
 
 from nmsparse_ext import crossover
@@ -20,6 +24,19 @@ def decree(problem: Problem, *ways: tuple[int, str]) -> None:
 def choices(problem: Problem) -> Choices:
     """What goes now."""
     return crossover.choices_for(problem)
+
+
+def record_ways(monkeypatch: pytest.MonkeyPatch, engine: ModuleType) -> list[str]:
+    """A list that fills with the ways that products of an engine's module go."""
+    ways: list[str] = []
+    multiply = engine.multiply
+
+    def recorded(branch: str, *args: Any) -> torch.Tensor:
+        ways.append(branch)
+        return multiply(branch, *args)
+
+    monkeypatch.setattr(engine, "multiply", recorded)
+    return ways
 
 
 def problem_like(w: torch.Tensor, pattern: str) -> Problem:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from made_crossovers import decree
+from made_crossovers import decree, record_ways
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nmsparse_ext as nms
 from nmsparse_ext import crossover, cusparselt, engines_cuda, engines_cuda_8bit
-from nmsparse_ext._as_on_a_gpu import as_on_a_gpu
 from nmsparse_ext.crossover import DENSE, LT, SMALL_BATCH, Problem
 
 pytestmark = pytest.mark.usefixtures("gpu")
@@ -27,23 +24,9 @@ SIXTEEN = (torch.float16, torch.bfloat16)
 
 
 @pytest.fixture
-def gpu(tmp_path: Path) -> Iterator[None]:
-    with as_on_a_gpu(tmp_path / "crossovers.json"):
-        yield
-
-
-@pytest.fixture
 def gone(monkeypatch: pytest.MonkeyPatch, gpu: None) -> list[str]:
     """Which way products have gone."""
-    ways: list[str] = []
-    multiply = engines_cuda_8bit.multiply
-
-    def counted(branch: str, *args: Any) -> Tensor:
-        ways.append(branch)
-        return multiply(branch, *args)
-
-    monkeypatch.setattr(engines_cuda_8bit, "multiply", counted)
-    return ways
+    return record_ways(monkeypatch, engines_cuda_8bit)
 
 
 def problem(dtype: torch.dtype, inputs: torch.dtype, pattern: str = "2:4") -> Problem:

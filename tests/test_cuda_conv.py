@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from made_crossovers import decree
+from made_crossovers import decree, record_ways
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nmsparse_ext as nms
 from nmsparse_ext import engines, engines_cuda, ops
-from nmsparse_ext._as_on_a_gpu import as_on_a_gpu
 from nmsparse_ext.crossover import DENSE, LT, SMALL_BATCH, Problem
 
 pytestmark = pytest.mark.usefixtures("gpu")
@@ -25,23 +22,9 @@ CONVS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 @pytest.fixture
-def gpu(tmp_path: Path) -> Iterator[None]:
-    with as_on_a_gpu(tmp_path / "crossovers.json"):
-        yield
-
-
-@pytest.fixture
 def gone(monkeypatch: pytest.MonkeyPatch, gpu: None) -> list[str]:
     """Which way products have gone."""
-    ways: list[str] = []
-    multiply = engines_cuda.multiply
-
-    def counted(branch: str, *args: Any) -> Tensor:
-        ways.append(branch)
-        return multiply(branch, *args)
-
-    monkeypatch.setattr(engines_cuda, "multiply", counted)
-    return ways
+    return record_ways(monkeypatch, engines_cuda)
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

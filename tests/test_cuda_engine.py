@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nmsparse_ext as nms
 from nmsparse_ext import crossover, cusparselt, engines_cuda
-from nmsparse_ext._as_on_a_gpu import as_on_a_gpu
 from nmsparse_ext.crossover import DENSE, LT, SMALL_BATCH
 
 pytestmark = pytest.mark.usefixtures("gpu")
 ROWS, K = 32, 64
 HALF = torch.float16
-
-
-@pytest.fixture
-def gpu(tmp_path: Path) -> Iterator[None]:
-    with as_on_a_gpu(tmp_path / "crossovers.json"):
-        yield
 
 
 def integers(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
